@@ -1,0 +1,422 @@
+"""Turn raw Cityscapes or CamVid into the processed folder that training reads.
+
+    python preprocessing/image_segmentation_preprocessing.py --data_dir RAW --output_dir PROCESSED
+
+writes images_processed/<split>/<stem>.npy, masks_processed/<split>/<stem>.png, stats_<split>.json and visualizations/.
+Each mask carries, as PNG text, the settings and source files it was made from: a rerun redoes only what is missing or
+differs. A bad file is reported and left out, the rest goes on, and the exit status is then 1.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+
+os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # what OpenCV would say of a broken file, we say with its name
+import cv2
+import numpy as np
+from PIL import Image, PngImagePlugin
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from unetseg import plots
+from unetseg.classes import CLASS_SETS, IGNORE_INDEX, ClassSet
+from unetseg.files import atomic_open, write_json
+
+log = logging.getLogger("preprocessing")
+DEFAULT_CLASSES = {"cityscapes": "cityscapes7", "camvid": "camvid7"}
+DEFAULT_SPLITS = {"cityscapes": ("train", "val"), "camvid": ("train", "val", "test")}
+
+
+class BadFile(ValueError):
+    """A file that cannot be used; the message names it, what was expected and what was found."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the bytes of the output."""
+
+    class_set: str
+    size: tuple[int, int]  # width, height
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One image with its label file; `labels` is None where the split has no labels worth reading."""
+
+    stem: str
+    image: Path
+    labels: Path | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of one pair; the counts are pixels per class, void last."""
+
+    stem: str
+    source_size: tuple[int, int] = (0, 0)
+    full_resolution: list[int] = field(default_factory=list)
+    resized: list[int] = field(default_factory=list)
+    reused: bool = False
+    error: str = ""
+
+
+def find_layout(root: Path) -> str:
+    """The layout, "cityscapes" or "camvid", by the folders under `root`. Raises BadFile for anything else."""
+    expected = "leftImg8bit/ and gtFine/ (Cityscapes), or train/ and trainannot/ (CamVid, SegNet's split)"
+    if not root.is_dir():
+        raise BadFile(f"{root}: expected a folder with {expected}; found {'a file' if root.exists() else 'nothing'}")
+    found = sorted(path.name for path in root.iterdir() if path.is_dir())
+    if "leftImg8bit" in found and "gtFine" in found:
+        return "cityscapes"
+    if any(f"{name}annot" in found for name in found):
+        return "camvid"
+    inner = next((path.parent for path in root.glob("*/leftImg8bit")), None)
+    hint = f"; did you mean {inner}?" if inner else ""
+    raise BadFile(f"{root}: expected {expected}; found {', '.join(found[:8]) or 'no folders'}{hint}")
+
+
+def list_pairs(root: Path, layout: str, split: str) -> tuple[list[Pair], list[Record]]:
+    """The split's pairs by stem, and a record for each image or label file that stands alone or double."""
+    if layout == "cityscapes":
+        images = _by_stem(root / "leftImg8bit" / split, "*/*_leftImg8bit.png", "_leftImg8bit")
+        labels = _by_stem(root / "gtFine" / split, "*/*_gtFine_labelIds.png", "_gtFine_labelIds")
+    else:
+        images = _by_stem(root / split, "*.png", "")
+        labels = _by_stem(root / f"{split}annot", "*.png", "")
+    labelled = not (layout == "cityscapes" and split == "test")  # Cityscapes' test labels are dummies
+    pairs, alone = [], []
+    for stem in sorted(images.keys() | (labels.keys() if labelled else set())):
+        paths = [*images.get(stem, []), *(labels.get(stem, []) if labelled else [])]
+        if len(paths) == 1 + labelled and stem in images and (not labelled or stem in labels):
+            pairs.append(Pair(stem, paths[0], paths[1] if labelled else None))
+        else:
+            alone.append(Record(stem, error=_why_unpaired(root, layout, split, stem, images, labels)))
+    return pairs, alone
+
+
+def _by_stem(folder: Path, pattern: str, suffix: str) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob(pattern)):
+        found.setdefault(path.stem.removesuffix(suffix), []).append(path)
+    return found
+
+
+def _why_unpaired(root: Path, layout: str, split: str, stem: str, images: dict, labels: dict) -> str:
+    doubles = next((paths for paths in (images.get(stem, []), labels.get(stem, [])) if len(paths) > 1), None)
+    if doubles:
+        return f"{doubles[0]}: expected one file of this name in the split, found also {doubles[1]}"
+    if stem not in images:
+        return f"{labels[stem][0]}: expected an image of the same name, found none"
+    image = images[stem][0]
+    if layout == "camvid":
+        return f"{image}: expected its label file {root / f'{split}annot' / image.name}, found none"
+    expected = root / "gtFine" / split / image.parent.name / f"{stem}_gtFine_labelIds.png"
+    found = "labelTrainIds: labelIds are needed" if list(expected.parent.glob(f"{stem}*TrainIds.png")) else "none"
+    return f"{image}: expected its label file {expected}, found {found}"
+
+
+def read_png(path: Path, mode: str) -> np.ndarray:
+    """Decode an 8-bit PNG: mode "RGB" gives (H, W, 3) in OpenCV's BGR order, mode "L" gives (H, W); uint8.
+
+    Pillow checks the header and every chunk's checksum, OpenCV decodes (it alone would pass over a truncated file).
+    Raises BadFile when the file is damaged or of another mode, OSError when it cannot be read.
+    """
+    encoded = path.read_bytes()
+    try:
+        with Image.open(BytesIO(encoded), formats=["PNG"]) as header:
+            found, size = header.mode, header.size
+            header.verify()
+        decoded = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED) if found == mode else None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, cv2.error) as error:
+        reason = "no PNG, or a truncated one" if "identify" in str(error) else str(error)
+        raise BadFile(f"{path}: expected a whole PNG file, found {len(encoded)} bytes ({reason})") from None
+    if found != mode:
+        kind = {"RGB": "an 8-bit RGB image", "L": "8-bit single-channel ids"}[mode]
+        raise BadFile(f"{path}: expected {kind} (mode {mode}), found mode {found}")
+    if decoded is None or decoded.dtype != np.uint8 or decoded.shape[1::-1] != size:
+        raise BadFile(f"{path}: expected a whole PNG file, found damaged image data")
+    return decoded
+
+
+def shrink_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Average areas down to `size` (width, height); uint8 in, uint8 out (enlarging interpolates linearly)."""
+    shrinks = image.shape[1] >= size[0] and image.shape[0] >= size[1]
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def shrink_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Take the source pixel under each target pixel's centre (OpenCV's INTER_NEAREST takes the top-left one)."""
+    (height, width), (out_width, out_height) = mask.shape, size
+    rows = (2 * np.arange(out_height) + 1) * height // (2 * out_height)
+    cols = (2 * np.arange(out_width) + 1) * width // (2 * out_width)
+    return mask[rows[:, None], cols]
+
+
+def count_classes(histogram: np.ndarray, class_set: ClassSet) -> list[int]:
+    """Pixels per source id (256,) -> pixels per class, void last."""
+    per_class = np.bincount(class_set.lookup, weights=histogram, minlength=256)
+    return [int(count) for count in (*per_class[: len(class_set)], per_class[IGNORE_INDEX])]
+
+
+def check_ids(histogram: np.ndarray, class_set: ClassSet, path: Path) -> None:
+    """Raise BadFile when a label file holds ids that the table does not know."""
+    unknown = np.flatnonzero((histogram > 0) & ~class_set.known).tolist()
+    if unknown:
+        highest = int(np.flatnonzero(class_set.known).max())
+        hint = "; 255 never occurs in label ids: are these trainIds?" if unknown == [IGNORE_INDEX] else ""
+        raise BadFile(f"{path}: expected label ids 0..{highest}, found {unknown}{hint}")
+
+
+def process(pair: Pair, split: str, output: Path, settings: Settings, overwrite: bool) -> Record:
+    """Make one image and its mask, or find that they are there already; a bad file ends in Record.error."""
+    image_path = output / "images_processed" / split / f"{pair.stem}.npy"
+    mask_path = output / "masks_processed" / split / f"{pair.stem}.png"
+    cv2.setNumThreads(1)
+    try:
+        origin = asdict(settings) | {"bytes": [path.stat().st_size for path in (pair.image, pair.labels) if path]}
+        made = None if overwrite else find_made(pair, image_path, mask_path, settings, origin)
+        return made or make(pair, image_path, mask_path, settings, origin)
+    except BadFile as error:
+        return Record(pair.stem, error=str(error))
+    except (OSError, MemoryError, cv2.error) as error:
+        return Record(pair.stem, error=f"{pair.image}: {type(error).__name__}: {error}")
+
+
+def find_made(pair: Pair, image_path: Path, mask_path: Path, settings: Settings, origin: dict) -> Record | None:
+    """The record of an earlier run's files, if they are there and were made from the same settings and sources."""
+    try:
+        image = np.load(image_path, mmap_mode="r", allow_pickle=False)
+        if image.shape != (*settings.size[::-1], 3) or image.dtype != settings.dtype:
+            return None
+        if pair.labels is None:
+            return Record(pair.stem, reused=True)
+        with Image.open(mask_path, formats=["PNG"]) as mask:
+            note = json.loads(mask.text["unetseg"])
+        same = note.pop("origin") == json.loads(json.dumps(origin))
+        return Record(pair.stem, **note, reused=True) if same else None
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError):
+        return None
+
+
+def make(pair: Pair, image_path: Path, mask_path: Path, settings: Settings, origin: dict) -> Record:
+    """Read, check, shrink and write one pair; the mask comes last and vouches for the image."""
+    class_set, record = CLASS_SETS[settings.class_set], Record(pair.stem)
+    image = read_png(pair.image, "RGB")
+    if pair.labels:
+        labels = read_png(pair.labels, "L")
+        if labels.shape != image.shape[:2]:
+            sizes = [f"{array.shape[1]}x{array.shape[0]}" for array in (image, labels)]
+            raise BadFile(f"{pair.labels}: expected the image's size {sizes[0]}, found {sizes[1]}")
+        histogram = np.bincount(labels.ravel(), minlength=256)
+        check_ids(histogram, class_set, pair.labels)
+        small = shrink_mask(labels, settings.size)
+        resized = count_classes(np.bincount(small.ravel(), minlength=256), class_set)
+        record = Record(pair.stem, image.shape[1::-1], count_classes(histogram, class_set), resized)
+    mask_path.unlink(missing_ok=True)
+    save_image(image_path, shrink_image(image, settings.size)[..., ::-1], settings.dtype)
+    if pair.labels:
+        save_mask(mask_path, class_set.lookup[small], record, origin)
+    return record
+
+
+def save_image(path: Path, image: np.ndarray, dtype: str) -> None:
+    """Store a (H, W, 3) uint8 image as k/255 in a float dtype, or k itself in uint8."""
+    stored = image if dtype == "uint8" else (image / np.float32(255)).astype(dtype)
+    with atomic_open(path) as file:
+        np.save(file, np.ascontiguousarray(stored), allow_pickle=False)
+
+
+def save_mask(path: Path, mask: np.ndarray, record: Record, origin: dict) -> None:
+    """Store class ids with a note of where they come from and what the source held."""
+    kept = ("source_size", "full_resolution", "resized")
+    note = PngImagePlugin.PngInfo()
+    note.add_text("unetseg", json.dumps({"origin": origin} | {key: getattr(record, key) for key in kept}))
+    with atomic_open(path) as file:
+        Image.fromarray(mask).save(file, format="PNG", pnginfo=note)
+
+
+def process_split(split: str, pairs: list[Pair], workers: int, **job) -> list[Record]:
+    """Process all pairs of a split on `workers` processes, in order, under a progress bar."""
+    work = partial(process, split=split, **job)
+    chunk = max(1, min(16, len(pairs) // (4 * workers)))
+    with ProcessPoolExecutor(min(workers, len(pairs))) as pool:
+        results = pool.map(work, pairs, chunksize=chunk)
+        try:
+            return list(tqdm(results, total=len(pairs), desc=split, unit="img", leave=False))
+        except BrokenProcessPool:
+            raise BadFile(f"{split}: a worker process died (out of memory?); rerun with fewer --workers") from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def edge_cases(records: list[Record], class_set: ClassSet) -> dict:
+    """What a reader of the statistics should know of: absent classes, classes lost by shrinking, odd images."""
+    full = np.array([record.full_resolution for record in records])
+    small = np.array([record.resized for record in records])
+    stems = np.array([record.stem for record in records])
+    present, share = full > 0, full / full.sum(axis=1, keepdims=True)
+    return {
+        "images_without_class": {name: int((~present[:, c]).sum()) for c, name in enumerate(class_set.names)},
+        "lost_by_shrinking": {
+            name: stems[present[:, c] & (small[:, c] == 0)].tolist() for c, name in enumerate(class_set.names)
+        },
+        "images_of_one_class": stems[present[:, :-1].sum(axis=1) == 1].tolist(),
+        "images_over_half_void": stems[share[:, -1] > 0.5].tolist(),
+    }
+
+
+def write_stats(output: Path, split: str, layout: str, settings: Settings, records: list[Record]) -> dict:
+    """Write stats_<split>.json and return it: settings, pixels per class, edge cases, files, what was left out."""
+    class_set = CLASS_SETS[settings.class_set]
+    good = [record for record in records if not record.error]
+    stats = {"split": split, "layout": layout, **asdict(settings), "classes": class_set.names, "num_images": len(good)}
+    if good and good[0].resized:
+        keys = [*class_set.names, "void"]
+        for name in ("full_resolution", "resized"):
+            total = np.sum([getattr(record, name) for record in good], axis=0)
+            stats.setdefault("pixels", {})[name] = dict(zip(keys, total.tolist(), strict=True))
+        stats["edge_cases"] = edge_cases(good, class_set)
+    stats["left_out"] = {record.stem: record.error for record in records if record.error}
+    columns = ("source_size", "full_resolution", "resized")
+    stats["files"] = {record.stem: {key: list(getattr(record, key)) for key in columns} for record in good}
+    write_json(output / f"stats_{split}.json", stats)
+    return stats
+
+
+def draw(output: Path, stats: dict, num_samples: int) -> None:
+    """Write visualizations/<split>_samples.jpg and <split>_class_distribution.png."""
+    class_set, split, folder = CLASS_SETS[stats["class_set"]], stats["split"], output / "visualizations"
+    total = {name: np.array(list(pixels.values())) for name, pixels in stats["pixels"].items()}
+    shares = {f"{name.replace('_', ' ')}": pixels / pixels.sum() for name, pixels in total.items()}
+    title = f"{split}: {stats['num_images']} images"
+    figure = plots.class_distribution(class_set, shares, title)
+    plots.save(figure, folder / f"{split}_class_distribution.png")
+    stems = list(stats["files"])
+    rows = []
+    for place in np.unique(np.linspace(0, len(stems) - 1, num_samples).round().astype(int)):
+        stored = np.load(output / "images_processed" / split / f"{stems[place]}.npy", allow_pickle=False)
+        image = stored if stored.dtype == np.uint8 else np.rint(stored * np.float32(255)).astype(np.uint8)
+        painted = class_set.paint(np.array(Image.open(output / "masks_processed" / split / f"{stems[place]}.png")))
+        rows.append([image, painted, plots.overlay(image, painted)])
+    if rows:
+        plots.save(plots.panels(rows, ["image", "mask", "overlay"], class_set), folder / f"{split}_samples.jpg")
+
+
+def report(split: str, records: list[Record], stats: dict) -> None:
+    """Log the split's outcome: counts, class distribution, and every file left out."""
+    errors = [record.error for record in records if record.error]
+    reused = sum(record.reused for record in records)
+    made = len(records) - reused - len(errors)
+    log.info("%s: %d images made, %d skipped (already there), %d left out", split, made, reused, len(errors))
+    if "pixels" in stats:
+        pixels = stats["pixels"]["full_resolution"]
+        total = sum(pixels.values())
+        log.info("  %s", " · ".join(f"{name} {100 * count / total:.1f} %" for name, count in pixels.items()))
+        for name, stems in stats["edge_cases"]["lost_by_shrinking"].items():
+            if stems:
+                log.info("  %s vanishes from %d masks at this size", name, len(stems))
+    for error in errors:
+        log.error("  left out: %s", error)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Read "256" or "512x256" (width x height) as (width, height)."""
+    width, _, height = text.partition("x")
+    size = (int(width), int(height or width))
+    if not 8 <= min(size) <= max(size) <= 8192:
+        raise ValueError(text)
+    return size
+
+
+def positive(text: str) -> int:
+    """A whole number above zero."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data_dir", type=Path, required=True, help="root of raw Cityscapes or CamVid")
+    add("--output_dir", type=Path, required=True, help="the processed folder")
+    add("--splits", nargs="+", metavar="SPLIT", help="default: train val (CamVid: and test), those that exist")
+    add("--classes", choices=CLASS_SETS, help="class set (default: cityscapes7 or camvid7, by layout)")
+    add("--size", type=parse_size, default=(256, 256), metavar="N|WxH", help="output size (256)")
+    add("--dtype", choices=("float32", "float16", "uint8"), default="float32", help="stored images (float32)")
+    add("--workers", type=positive, default=os.cpu_count(), help="processes (default: all cores)")
+    add("--sample_size", type=int, default=5, metavar="N", help="samples drawn into visualizations/ per split (5)")
+    add("--log_level", default="INFO", type=str.upper, choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    add("--overwrite", action="store_true", help="redo what is already there")
+    return parser.parse_args(argv)
+
+
+def choose_splits(root: Path, layout: str, asked: list[str] | None) -> list[str]:
+    """The splits asked for, all of which must exist, or the layout's defaults that do."""
+    parent = root / "leftImg8bit" if layout == "cityscapes" else root
+    found = sorted(path.name for path in parent.iterdir() if path.is_dir())
+    if layout == "camvid":
+        found = [name for name in found if f"{name}annot" in found]
+    missing = [split for split in asked or [] if split not in found]
+    chosen = asked or [split for split in DEFAULT_SPLITS[layout] if split in found]
+    if missing or not chosen:
+        raise BadFile(f"{parent}: expected the splits {missing or DEFAULT_SPLITS[layout]}, found {found or 'none'}")
+    for split in set(DEFAULT_SPLITS[layout]) - set(chosen):
+        log.debug("%s: not processed", split)
+    return list(dict.fromkeys(chosen))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Process every split; returns the number of files left out."""
+    layout = find_layout(args.data_dir)
+    settings = Settings(args.classes or DEFAULT_CLASSES[layout], args.size, args.dtype)
+    if CLASS_SETS[settings.class_set].layout != layout:
+        raise BadFile(f"{args.data_dir}: expected a class set for {layout}, found --classes {settings.class_set}")
+    left_out = 0
+    for split in choose_splits(args.data_dir, layout, args.splits):
+        pairs, records = list_pairs(args.data_dir, layout, split)
+        if not pairs and not records:
+            raise BadFile(f"{args.data_dir}: expected images in the split {split}, found none")
+        job = {"output": args.output_dir, "settings": settings, "overwrite": args.overwrite}
+        records += process_split(split, pairs, args.workers, **job) if pairs else []
+        stats = write_stats(args.output_dir, split, layout, settings, sorted(records, key=lambda r: r.stem))
+        report(split, records, stats)
+        if "pixels" in stats:
+            draw(args.output_dir, stats, args.sample_size)
+        left_out += len(stats["left_out"])
+    log.info("written to %s: images_processed, masks_processed, stats_*.json, visualizations", args.output_dir)
+    return left_out
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    logging.basicConfig(level=args.log_level, format="%(message)s", stream=sys.stderr, force=True)
+    for noisy in ("PIL", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        with logging_redirect_tqdm():
+            left_out = run(args)
+    except (BadFile, OSError) as error:
+        log.error("error: %s", error)
+        return 1
+    except KeyboardInterrupt:
+        log.error("interrupted; the same command goes on from here")
+        return 130
+    if left_out:
+        log.error("%d files were left out (listed above and in stats_*.json); the rest is done", left_out)
+    return 1 if left_out else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,3 @@
+"""Street-scene segmentation with a U-Net: the thin library under the three notebooks."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,145 @@
+"""Trained weights at work: the scores of a split, and predictions for pictures of any size."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from . import checkpoint, device, engine, losses
+from .classes import CLASS_SETS, ClassSet
+from .data import Batches, SegmentationSet, load_split, scored_split
+from .files import atomic_open, read_json, write_json
+from .metrics import scores
+from .model import UNet
+from .plots import overlay
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+
+
+def best_model(run_or_weights: Path) -> tuple[nn.Module, dict[str, str]]:
+    """The trained U-Net, ready to predict on the best device, and its metadata."""
+    state, metadata = checkpoint.load_weights(run_or_weights)
+    model = UNet(len(CLASS_SETS[metadata["class_set"]]), int(metadata["channels"]), int(metadata["depth"]))
+    model.load_state_dict(state)
+    return model.to(device.pick_device(), memory_format=torch.channels_last).eval(), metadata
+
+
+def evaluate_run(run: Path, processed: Path, split: str | None = None) -> dict:
+    """Score a run's best weights on a split ("test", or "val" where there is no test) under each void rule.
+
+    Returns what it writes to results_<split>.json: scores, confusion matrix, and the context they hold in.
+    """
+    model, metadata = best_model(run)
+    dataset = load_split(processed, split or scored_split(processed))
+    if dataset.class_set.name != metadata["class_set"]:
+        raise ValueError(f"{processed}: expected class set {metadata['class_set']}, found {dataset.class_set.name}")
+    names, where = dataset.class_set.names, next(model.parameters()).device
+    progress = tqdm(Batches(dataset, 8, where).epoch(), desc=f"scoring {run.name}", unit="batch", leave=False, delay=1)
+    result = engine.evaluate(model, progress, len(names), losses.cross_entropy)
+    config, history = read_json(run / checkpoint.CONFIG), checkpoint.read_history(run)
+    results = {
+        "run": run.name,
+        "stage": metadata["stage"],
+        "split": dataset.split.name,
+        "split_note": dataset.split.note,
+        "num_images": len(dataset),
+        "size": list(dataset.size),
+        "class_set": dataset.class_set.name,
+        "trained_void": metadata["void"],
+        "rules": {rule: scores(result.confusion, names, rule) for rule in dataset.class_set.void_rules},
+        "confusion": result.confusion.tolist(),
+        "best_epoch": int(metadata["epoch"]),
+        "train_seconds": sum(row["seconds"] for row in history),
+        "images_per_second": result.images_per_second,
+        **{key: config[key] for key in ("seed", "parameters", "precision", "device", "torch", "commit")},
+    }
+    write_json(run / f"results_{dataset.split.name}.json", results)
+    return results
+
+
+def results_table(results: dict) -> str:
+    """The scores of `evaluate_run` as text, under every rule, the trained one marked."""
+    lines = [f"{results['run']}: {results['split_note']} ({results['split']}), {'x'.join(map(str, results['size']))}"]
+    for rule, score in results["rules"].items():
+        mark = " (trained under this rule)" if rule == results["trained_void"] else ""
+        lines.append(f"void={rule}{mark}: mIoU {score['miou']:.4f}, pixel accuracy {score['accuracy']:.4f}")
+        lines.append(f"  {'class':<16}{'IoU':>8}{'precision':>11}{'recall':>8}{'F1':>8}")
+        for name, values in score["classes"].items():
+            if values["iou"] is None:
+                lines.append(f"  {name:<16} absent from this split, not in mIoU")
+            else:
+                columns = [f"{values[key]:.4f}" for key in ("iou", "precision", "recall", "f1")]
+                lines.append(f"  {name:<16}{columns[0]:>8}{columns[1]:>11}{columns[2]:>8}{columns[3]:>8}")
+    return "\n".join(lines)
+
+
+@torch.inference_mode()
+def predictions(model: nn.Module, dataset: SegmentationSet, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images (n, H, W, 3) uint8, masks and predictions (n, H, W) uint8 of up to `count` images, evenly spread."""
+    places = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().long()
+    images, _ = dataset.batch(places, next(model.parameters()).device)
+    preds = model(images).argmax(dim=1).to(torch.uint8).cpu()
+    return dataset.images[places].numpy(), dataset.masks[places].numpy(), preds.numpy()
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Class ids (H, W) uint8 for an RGB image (H, W, 3) uint8 of any size.
+
+    size  width and height that the model was trained at: the image is brought there by area averaging, and the logits,
+          not the classes, are brought back.
+    """
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    where = next(model.parameters()).device
+    logits = model(torch.from_numpy(small).to(where).permute(2, 0, 1)[None] / 255)
+    return _upsample(logits, image.shape[:2]).argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
+
+
+def _upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
+
+
+def predict_files(run_or_weights: Path, inputs: list[Path], out: Path) -> list[str]:
+    """Predict images and folders of images; returns a message for each file that could not be used.
+
+    Writes out/ids/<stem>.png (class ids), out/colour/<stem>.png and out/overlay/<stem>.png at the input's own size.
+    """
+    model, metadata = best_model(run_or_weights)
+    class_set, size = CLASS_SETS[metadata["class_set"]], (int(metadata["width"]), int(metadata["height"]))
+    paths, problems = _find_images(inputs)
+    for path in tqdm(paths, unit="img", delay=1):
+        try:
+            with Image.open(path) as file:
+                image = np.array(file.convert("RGB"))
+            _write(out, path.stem, image, predict(model, image, size), class_set)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            problems.append(f"{path}: expected a readable image, found {error}")
+    return problems
+
+
+def _find_images(inputs: list[Path]) -> tuple[list[Path], list[str]]:
+    """The image files under the inputs, and a message for each input without any and each name that occurs twice."""
+    found: dict[str, Path] = {}
+    problems = []
+    for given in inputs:
+        paths = (
+            [given] if given.is_file() else sorted(p for p in given.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        )
+        if not paths:
+            problems.append(f"{given}: expected an image or a folder of images, found none")
+        for path in paths:
+            if found.setdefault(path.stem, path) != path:
+                problems.append(f"{path}: expected one image of this name, found also {found[path.stem]}")
+    return list(found.values()), problems
+
+
+def _write(out: Path, stem: str, image: np.ndarray, pred: np.ndarray, class_set: ClassSet) -> None:
+    painted = class_set.paint(pred)
+    for folder, picture in (("ids", pred), ("colour", painted), ("overlay", overlay(image, painted))):
+        with atomic_open(out / folder / f"{stem}.png") as file:
+            Image.fromarray(picture).save(file, format="PNG")

@@ -1,0 +1,152 @@
+"""Every figure of the project: each function takes arrays or results and returns a matplotlib Figure."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from .classes import ClassSet
+from .files import atomic_open
+
+STAGE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # Okabe & Ito's colour-blind-safe palette
+WIDTH = 9.5  # inches: a notebook's column
+
+
+def overlay(image: np.ndarray, painted: np.ndarray, alpha: float = 0.55) -> np.ndarray:
+    """Lay class colours over an image; both (H, W, 3) uint8."""
+    return (image * (1 - alpha) + painted * alpha).round().astype(np.uint8)
+
+
+def panels(rows: list[list[np.ndarray]], titles: list[str], class_set: ClassSet, row_names: list[str] = ()) -> Figure:
+    """A grid of pictures, one row per image, with a legend of the classes.
+
+    rows       each a list of (H, W, 3) uint8 pictures, as many as `titles`
+    row_names  optional, one per row, written on the left
+    """
+    height, width = rows[0][0].shape[:2]
+    cell = WIDTH / len(titles)
+    figure = Figure(figsize=(WIDTH, cell * height / width * len(rows) + 0.9), layout="constrained")
+    grid = figure.subplots(len(rows), len(titles), squeeze=False)
+    for number, (axes, pictures) in enumerate(zip(grid, rows, strict=True)):
+        for ax, picture, title in zip(axes, pictures, titles, strict=True):
+            ax.imshow(picture, interpolation="nearest", aspect="auto")
+            ax.set(xticks=[], yticks=[], title=title if number == 0 else None)
+        if row_names:
+            axes[0].set_ylabel(row_names[number])
+    handles = [Patch(color=colour / 255, label=name) for name, colour in zip(class_set.names, class_set.colours)]
+    handles.append(Patch(color="black", label="void"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), frameon=False)
+    return figure
+
+
+def class_distribution(class_set: ClassSet, shares: dict[str, np.ndarray], title: str = "") -> Figure:
+    """Bars of each class's share of the pixels.
+
+    shares  label of a group of bars -> (C + 1,) shares in [0, 1], void last
+    """
+    names = [*class_set.names, "void"]
+    colours = np.vstack([class_set.colours, np.zeros((1, 3))]) / 255
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    ax = figure.subplots()
+    width = 0.8 / len(shares)
+    for group, (label, share) in enumerate(shares.items()):
+        places = np.arange(len(names)) + (group - (len(shares) - 1) / 2) * width
+        bars = ax.bar(places, 100 * share, width, color=colours, alpha=1 if group == 0 else 0.5, label=label)
+        ax.bar_label(bars, fmt="%.1f", fontsize=7, padding=1)
+    ax.set_xticks(range(len(names)), names, rotation=30 if len(names) > 9 else 0)
+    ax.set(ylabel="share of pixels, %", title=title)
+    ax.margins(y=0.12)
+    handles = [Patch(color="0.3", alpha=1 if group == 0 else 0.5, label=label) for group, label in enumerate(shares)]
+    ax.legend(handles=handles, frameon=False)
+    return _clean(figure)
+
+
+def training_curves(history: list[dict], title: str = "") -> Figure:
+    """Losses and learning rate on the left, validation mIoU with its best epoch on the right.
+
+    history  one dict per epoch, with the columns of history.csv
+    """
+    column = {key: np.array([float(row[key]) for row in history]) for key in history[0]}
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(column["epoch"], column["train_loss"], "o-", ms=3, color=STAGE_COLOURS[0], label="train")
+    left.plot(column["epoch"], column["val_loss"], "s-", ms=3, color=STAGE_COLOURS[1], label="val")
+    left.set(xlabel="epoch", ylabel="loss", title=title)
+    left.legend(frameon=False)
+    best = int(column["val_miou"].argmax())
+    right.plot(column["epoch"], column["val_miou"], "o-", ms=3, color=STAGE_COLOURS[2])
+    right.plot(column["epoch"][best], column["val_miou"][best], "*", ms=14, color=STAGE_COLOURS[3])
+    right.set(xlabel="epoch", ylabel="val mIoU")
+    right.set_title(f"best {column['val_miou'][best]:.3f} at epoch {column['epoch'][best]:.0f}")
+    for ax in (left, right):
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    return _clean(figure)
+
+
+def confusion_matrix(confusion: np.ndarray, names: tuple[str, ...], focus: str = "person") -> Figure:
+    """Shares of each true class (row) by predicted class (column); the focus class's row and column are framed.
+
+    confusion  (C, C) pixel counts, truth x prediction
+    """
+    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    size = max(4.6, 0.5 * len(names) + 1.4)
+    figure = Figure(figsize=(size + 1.2, size), layout="constrained")
+    ax = figure.subplots()
+    image = ax.imshow(shares, cmap="cividis", vmin=0, vmax=1)
+    for row, col in np.ndindex(shares.shape):
+        colour = "white" if shares[row, col] < 0.6 else "black"
+        ax.text(col, row, f"{100 * shares[row, col]:.0f}", ha="center", va="center", color=colour, fontsize=8)
+    if focus in names:
+        place = names.index(focus)
+        frame = {"fill": False, "edgecolor": "#D55E00", "linewidth": 2}
+        ax.add_patch(Rectangle((-0.5, place - 0.5), len(names), 1, **frame))
+        ax.add_patch(Rectangle((place - 0.5, -0.5), 1, len(names), **frame))
+    ax.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(names)), names)
+    ax.set(xlabel="prediction", ylabel="truth")
+    figure.colorbar(image, ax=ax, label="share of the true class's pixels", shrink=0.8)
+    return figure
+
+
+def iou_by_stage(scores: dict[str, dict[str, float | None]]) -> Figure:
+    """Per-class IoU of several runs side by side.
+
+    scores  run name -> {class name or "mIoU": value in [0, 1], None where the split lacks the class}
+    """
+    names = list(next(iter(scores.values())))
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    ax = figure.subplots()
+    width = 0.8 / len(scores)
+    for number, (run, score) in enumerate(scores.items()):
+        places = np.arange(len(names)) + (number - (len(scores) - 1) / 2) * width
+        values = [np.nan if score[name] is None else score[name] for name in names]
+        bars = ax.bar(places, values, width, color=STAGE_COLOURS[number % len(STAGE_COLOURS)], label=run)
+        ax.bar_label(bars, [f"{v:.2f}".lstrip("0") if v == v else "–" for v in values], fontsize=7, padding=1)
+    ax.set_xticks(range(len(names)), names, rotation=30 if len(names) > 9 else 0)
+    ax.set(ylabel="IoU", ylim=(0, 1.05))
+    figure.legend(loc="outside upper center", ncols=len(scores), frameon=False)
+    return _clean(figure)
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as .png (drawings) or .jpg (photographs, smaller), atomically."""
+    quality = {"pil_kwargs": {"quality": 85}} if path.suffix == ".jpg" else {"metadata": {"Software": None}}
+    with atomic_open(path) as file:
+        figure.savefig(file, format=path.suffix[1:], dpi=80, **quality)
+    return path
+
+
+def show(figure: Figure, path: Path):
+    """Save a figure and return it as a notebook cell's picture."""
+    from IPython.display import Image
+
+    return Image(filename=str(save(figure, path)))
+
+
+def _clean(figure: Figure) -> Figure:
+    for ax in figure.axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="y", alpha=0.3)
+        ax.set_axisbelow(True)
+    return figure

@@ -1,0 +1,230 @@
+"""The three stages, wired: data, model, loss, augmentation, engine and tracking meet here and nowhere else."""
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import augment, checkpoint, device, engine, losses
+from .data import Batches, SegmentationSet, class_weights, instance_boxes, load_split
+from .files import read_json, write_json
+from .inference import best_model, predictions
+from .metrics import under_rule
+from .model import UNet
+from .tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What sets a stage apart from the others."""
+
+    title: str
+    epochs: int  # the full schedule
+    lr: float  # the peak of the one-cycle schedule
+    weighted: bool  # class-weighted cross-entropy
+    dice: bool
+    occlusion: bool
+
+
+STAGES = {
+    #                   title              epochs  peak lr  weighted  Dice   occlusion
+    "scratch": Stage("from scratch, CE", 100, 3e-3, False, False, False),
+    "weighted_ce": Stage("weighted CE + occlusion", 30, 1e-3, True, False, True),
+    "ce_dice": Stage("CE + Dice + occlusion", 30, 1e-3, True, True, True),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every knob of a run. None means: the stage's own value, or that of the weights it starts from."""
+
+    stage: str  # "scratch", "weighted_ce" or "ce_dice"
+    data: str  # the processed folder
+    out: str  # the run folder
+    init: str | None = None  # run folder or weights to start from; the two fine-tunings need it
+    epochs: int | None = None  # passes over the training images
+    batch_size: int = 8  # images per step
+    lr: float | None = None  # peak learning rate
+    weight_decay: float = 0.01
+    channels: int | None = None  # width of the first level (32)
+    depth: int | None = None  # number of downsamplings (4)
+    seed: int = 0
+    void: str | None = None  # "ignore" (default) or "background"
+    precision: str = "auto"  # "fp32", "fp16", "bf16", or measured
+    weighting: str = "sqrt"  # class weights from frequencies: "sqrt", "inverse", "median", "enet", "none"
+    dice_share: float = 0.5  # of the loss in ce_dice; the rest is cross-entropy
+    occlusion: float = 0.5  # share of the images that get an occluder
+    aimed: float = 0.5  # share of the occluders that are placed on an instance
+    aim_at: tuple[str, ...] | None = None  # the classes of those instances (people)
+    occluded: str = "keep"  # covered pixels "keep" their class or become "void"
+    project: str = "unetseg"  # the W&B project
+
+
+def resolve(settings: Settings) -> Settings:
+    """Fill in every None. Raises ValueError for settings that cannot be."""
+    if settings.stage not in STAGES:
+        raise ValueError(f"stage {settings.stage!r}: expected one of {', '.join(STAGES)}")
+    stage, known = STAGES[settings.stage], {"channels": 32, "depth": 4, "void": "ignore"}
+    if settings.stage != "scratch" and settings.init is None:
+        raise ValueError(f"{settings.stage} is a fine-tuning: give the run or weights it starts from (--init RUN)")
+    if settings.init is not None:
+        metadata = checkpoint.load_weights(Path(settings.init))[1]
+        known = {"channels": int(metadata["channels"]), "depth": int(metadata["depth"]), "void": metadata["void"]}
+        for name in ("channels", "depth"):
+            if getattr(settings, name) not in (None, known[name]):
+                raise ValueError(f"{settings.init}: expected {name} {getattr(settings, name)}, found {known[name]}")
+    known |= {"epochs": stage.epochs, "lr": stage.lr}
+    return replace(settings, **{key: value for key, value in known.items() if getattr(settings, key) is None})
+
+
+def load_sets(settings: Settings) -> tuple[SegmentationSet, SegmentationSet]:
+    """The training set under the run's void rule, and the val set with void marked; settings must be resolved."""
+    return load_split(Path(settings.data), "train", settings.void), load_split(Path(settings.data), "val")
+
+
+def build_model(settings: Settings, class_set_name: str, num_classes: int) -> nn.Module:
+    """The U-Net of resolved settings, from random weights or from `init`, on the device to train on."""
+    torch.manual_seed(settings.seed)
+    model = UNet(num_classes, settings.channels, settings.depth)
+    if settings.init is not None:
+        state, metadata = checkpoint.load_weights(Path(settings.init))
+        if metadata["class_set"] != class_set_name:
+            raise ValueError(f"{settings.init}: expected class set {class_set_name}, found {metadata['class_set']}")
+        model.load_state_dict(state)
+    return model.to(device.pick_device())
+
+
+def loss_function(settings: Settings, train_set: SegmentationSet, where: torch.device) -> engine.LossFn:
+    """The stage's loss, with class weights from the training masks where it has them."""
+    stage, weights = STAGES[settings.stage], None
+    if stage.weighted:
+        weights = torch.tensor(
+            class_weights(train_set.num_pixels, settings.weighting), dtype=torch.float32, device=where
+        )
+    if stage.dice:
+        return partial(losses.ce_dice, class_weights=weights, dice_share=settings.dice_share)
+    return partial(losses.cross_entropy, class_weights=weights)
+
+
+def augmentation(settings: Settings, train_set: SegmentationSet) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The stage's augmentation: (images, masks, rows, indices) -> (images, masks)."""
+    if not STAGES[settings.stage].occlusion:
+        return lambda images, masks, rows, indices: augment.basic(images, masks, rows)
+    boxes, num_boxes = instance_boxes(train_set, settings.aim_at)
+
+    def occlude_then_basic(images: Tensor, masks: Tensor, rows: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        donors, _ = train_set.batch(augment.donors(rows, len(train_set)).cpu(), images.device)
+        aims = boxes[indices].to(images.device), num_boxes[indices].to(images.device)
+        shares = settings.occlusion, settings.aimed, settings.occluded
+        return augment.basic(*augment.occlude(images, masks, rows, *aims, donors, *shares), rows)
+
+    return occlude_then_basic
+
+
+def train(settings: Settings, train_set: SegmentationSet, val_set: SegmentationSet) -> list[dict]:
+    """Train one stage, or go on with it where it was interrupted; returns its history, one dict per epoch.
+
+    settings            resolved
+    train_set, val_set  from `load_sets`
+    Raises ValueError when the run folder belongs to other settings, TrainingStopped on a loss that is not finite.
+    """
+    run, class_set = Path(settings.out), train_set.class_set
+    saved = claim(run, settings)
+    if saved and len(checkpoint.read_history(run)) >= settings.epochs:
+        return checkpoint.read_history(run)
+    model = build_model(settings, class_set.name, len(class_set))
+    where = next(model.parameters()).device
+    config = saved or describe(settings, train_set, val_set, model)
+    write_json(run / checkpoint.CONFIG, config)
+    train_batches = Batches(train_set, settings.batch_size, where, settings.seed, augmentation(settings, train_set))
+    val_batches = Batches(val_set, settings.batch_size, where)
+    num_steps = settings.epochs * len(train_batches)
+    trainer = engine.Trainer(model, num_steps, settings.lr, settings.weight_decay, config["precision"])
+    metadata = {key: str(config[key]) for key in checkpoint.METADATA}
+    job = engine.Job(run, settings.epochs, class_set.names, settings.void, metadata)
+    tracker = Tracker(settings.project, run, config)
+    try:
+        loss_fn = loss_function(settings, train_set, where)
+        history = engine.fit(trainer, loss_fn, train_batches, val_batches, job, tracker.epoch)
+        log_best(run, val_set, settings.void, tracker)
+    finally:
+        tracker.finish()
+    return history
+
+
+def log_best(run: Path, val_set: SegmentationSet, void: str, tracker: Tracker) -> None:
+    """Log the best weights, their confusion matrix on val, and four pictures."""
+    model, metadata = best_model(run)
+    names, batches = val_set.class_set.names, Batches(val_set, 8, next(model.parameters()).device)
+    confusion = engine.evaluate(model, batches.epoch(), len(names), losses.cross_entropy).confusion
+    tracker.pictures(*predictions(model, val_set, 4), names)
+    tracker.confusion(under_rule(confusion, void), names)
+    tracker.model(run / checkpoint.WEIGHTS, metadata)
+
+
+def claim(run: Path, settings: Settings) -> dict | None:
+    """The config of the run folder if it was begun with the same settings, None if it is new.
+
+    Raises ValueError, showing the difference, when it was begun with others.
+    """
+    if not (run / checkpoint.CONFIG).is_file():
+        return None
+    config = read_json(run / checkpoint.CONFIG)
+    then, now = config.get("settings", {}), json.loads(json.dumps(asdict(settings)))
+    changed = [f"  {key}: {then.get(key)} there, {now[key]} now" for key in now if then.get(key) != now[key]]
+    changed = [line for line in changed if not line.startswith(("  out:", "  project:"))]
+    if changed:
+        raise ValueError(
+            "\n".join([f"{run} was begun with other settings; choose another folder or delete it:", *changed])
+        )
+    return config
+
+
+def describe(settings: Settings, train_set: SegmentationSet, val_set: SegmentationSet, model: nn.Module) -> dict:
+    """What config.json holds: the settings, the data, the machine, and the weights it starts from."""
+    where, (width, height) = next(model.parameters()).device, train_set.size
+    return {
+        "settings": asdict(settings),
+        "precision": device.choose_precision(settings.precision, model, train_set.size),
+        **{key: getattr(settings, key) for key in ("stage", "channels", "depth", "void", "seed")},
+        "class_set": train_set.class_set.name,
+        "width": width,
+        "height": height,
+        "train_images": len(train_set),
+        "val_images": len(val_set),
+        "train_note": train_set.split.note,
+        "val_note": val_set.split.note,
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "device": device.device_name(where),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "init_sha256": fingerprint(settings.init) if settings.init else None,
+    }
+
+
+def fingerprint(run_or_weights: str) -> str:
+    """SHA-256 of the weights a run starts from."""
+    return hashlib.sha256(checkpoint.weights_path(Path(run_or_weights)).read_bytes()).hexdigest()
+
+
+def commit() -> str:
+    """The commit of this code, or "unknown" outside a clone."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def forecast(settings: Settings, train_set: SegmentationSet, val_set: SegmentationSet) -> float:
+    """Seconds that training will take here, from a few measured steps; an evaluated image counts a third."""
+    model = build_model(settings, train_set.class_set.name, len(train_set.class_set))
+    precision = device.choose_precision(settings.precision, model, train_set.size)
+    per_image = device.seconds_per_image(model, train_set.size, precision)
+    return settings.epochs * (len(train_set) + len(val_set) / 3) * per_image
