@@ -78,6 +78,37 @@ def results_table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def headline(results: dict) -> dict[str, float | None]:
+    """IoU per class, mIoU and accuracy under the rule that the run was trained under."""
+    score = results["rules"][results["trained_void"]]
+    ious = {name: values["iou"] for name, values in score["classes"].items()}
+    return ious | {"mIoU": score["miou"], "accuracy": score["accuracy"]}
+
+
+def read_results(run: Path) -> dict:
+    """The scores that `evaluate_run` left in a run folder, those of the test split first. Raises ValueError without any."""
+    found = [path for split in ("test", "val", "val_all") if (path := run / f"results_{split}.json").is_file()]
+    if not found:
+        raise ValueError(
+            f"{run}: expected results_<split>.json, found none; run `python -m unetseg evaluate {run}` first"
+        )
+    return read_json(found[0])
+
+
+def comparison_table(runs: list[Path]) -> str:
+    """IoU per class of several scored runs as text, with each run's difference to the first in points (1/100)."""
+    table = {run.name: headline(read_results(run)) for run in runs}
+    (first, base), *others = table.items()
+    lines = [f"{'IoU':<16}{first:>12}" + "".join(f"{name:>20}" for name, _ in others)]
+    for name, value in base.items():
+        pairs = [(column[name], value) for _, column in others]
+        cells = [f"{new:>12.4f} ({100 * (new - old):+.1f})" if old is not None else "absent" for new, old in pairs]
+        lines.append(
+            f"{name:<16}{'absent' if value is None else f'{value:.4f}':>12}" + "".join(f"{c:>20}" for c in cells)
+        )
+    return "\n".join(lines)
+
+
 @torch.inference_mode()
 def predictions(model: nn.Module, dataset: SegmentationSet, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images (n, H, W, 3) uint8, masks and predictions (n, H, W) uint8 of up to `count` images, evenly spread."""

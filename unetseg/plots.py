@@ -130,8 +130,9 @@ def iou_by_stage(scores: dict[str, dict[str, float | None]]) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a figure as .png (drawings) or .jpg (photographs, smaller), atomically."""
-    quality = {"pil_kwargs": {"quality": 85}} if path.suffix == ".jpg" else {"metadata": {"Software": None}}
+    """Write a figure as .png or .svg (drawings) or .jpg (photographs, smaller), atomically; same figure, same bytes."""
+    by_format = {".jpg": {"pil_kwargs": {"quality": 85}}, ".svg": {"metadata": {"Date": None}}}
+    quality = by_format.get(path.suffix, {})
     with atomic_open(path) as file:
         figure.savefig(file, format=path.suffix[1:], dpi=80, **quality)
     return path

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -125,6 +126,13 @@ def augmentation(settings: Settings, train_set: SegmentationSet) -> Callable[...
         return augment.basic(*augment.occlude(images, masks, rows, *aims, donors, *shares), rows)
 
     return occlude_then_basic
+
+
+def augmented(settings: Settings, train_set: SegmentationSet, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the network sees: images (n, H, W, 3) uint8 and masks (n, H, W) uint8 of the first epoch."""
+    batches = Batches(train_set, count, torch.device("cpu"), settings.seed, augmentation(settings, train_set))
+    images, masks = next(batches.epoch(1))
+    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy(), masks.to(torch.uint8).numpy()
 
 
 def train(settings: Settings, train_set: SegmentationSet, val_set: SegmentationSet) -> list[dict]:

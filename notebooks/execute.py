@@ -1,0 +1,71 @@
+"""Run a notebook from top to bottom with other settings, and keep what it showed but not its progress bars."""
+
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from unetseg.inference import headline, read_results
+
+NOTEBOOKS = {
+    "scratch": "Model_Training_UNet_From_scratch.ipynb",
+    "weighted_ce": "Fine_tuning_with_Weighted_CE_and_Augmentation.ipynb",
+    "ce_dice": "Fine_tuning_with_combined_CE_and_DICE_Loss.ipynb",
+}
+
+
+class Client(NotebookClient):
+    """Runs a notebook; what it writes to stderr (progress, warnings) goes to the terminal, not into the file."""
+
+    def process_message(self, msg, cell, cell_index):
+        if msg["header"]["msg_type"] == "stream" and msg["content"]["name"] == "stderr":
+            sys.stderr.write(msg["content"]["text"])
+            sys.stderr.flush()
+            return None
+        return super().process_message(msg, cell, cell_index)
+
+
+def change_settings(notebook: nbformat.NotebookNode, settings: dict) -> None:
+    """Replace values in the `name=value,  # why` lines of the cell tagged "parameters"."""
+    cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    for name, value in settings.items():
+        line = re.compile(rf"^(    {name}=).*?(,(?:  #.*)?)$", re.MULTILINE)
+        if not line.search(cell.source):
+            raise ValueError(f"expected a setting {name} in the parameters cell, found none")
+        cell.source = line.sub(lambda match: f"{match[1]}{value!r}{match[2]}", cell.source)  # noqa: B023
+
+
+def fill_answer(notebook: nbformat.NotebookNode, run: Path) -> None:
+    """Write the run's scores, with their context, into the line that begins with "**Answer.**"."""
+    results, (width, height) = read_results(run), read_results(run)["size"]
+    score = headline(results)
+    person = f", person IoU **{score['person']:.3f}**" if score.get("person") is not None else ""
+    answer = (
+        f"**Answer.** mIoU **{score['mIoU']:.3f}**{person} on {results['split_note']} (split `{results['split']}`), "
+        f"{width}x{height}, void rule `{results['trained_void']}`, seed {results['seed']}; "
+        f"trained in {results['train_seconds'] / 60:.0f} minutes on {results['device']}, torch {results['torch']}."
+    )
+    cell = next(cell for cell in notebook.cells if "**Answer.**" in cell.source)
+    cell.source = re.sub(r"^\*\*Answer\.\*\*.*$", lambda match: answer, cell.source, flags=re.MULTILINE)
+
+
+def execute(source: Path, target: Path, settings: dict) -> None:
+    """Execute `source` from the repository's root with changed settings and write it to `target`.
+
+    Raises nbclient.exceptions.CellExecutionError when a cell fails; the notebook up to there is still written.
+    """
+    notebook = nbformat.read(source, as_version=4)
+    change_settings(notebook, settings)
+    place = {"metadata": {"path": ROOT}}
+    client = Client(notebook, timeout=None, record_timing=False, coalesce_streams=True, resources=place)
+    try:
+        client.execute()
+        fill_answer(notebook, ROOT / settings["out"])
+    finally:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        notebook.metadata.pop("widgets", None)
+        nbformat.write(notebook, target)

@@ -1,0 +1,135 @@
+"""Build the PDF report from results files; no number in it is typed by hand.
+
+python report/build.py                 report/results/*.json -> report/UNet_Model_Training_Report.pdf
+python report/build.py --runs RUNS     first copy what a finished `make run` left in RUNS into report/results/
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import typst
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from unetseg import plots
+from unetseg.checkpoint import CONFIG, read_history
+from unetseg.classes import CLASS_SETS
+from unetseg.files import read_json, write_json
+from unetseg.inference import headline, read_results
+from unetseg.stages import STAGES
+
+RESULTS = ROOT / "report" / "results"
+PICTURES = ("samples.jpg", "predictions.jpg")
+
+
+def collect(home: Path) -> dict:
+    """Gather what the runs under `home` left on disk into home/results.json, and return it.
+
+    Raises ValueError when a stage has not been scored yet.
+    """
+    runs = {}
+    for stage, about in STAGES.items():
+        results, config = read_results(home / stage), read_json(home / stage / CONFIG)
+        runs[stage] = {
+            "title": about.title,
+            "scores": headline(results),
+            "minutes": results["train_seconds"] / 60,
+            "results": results,
+            "settings": config["settings"] | {"precision": config["precision"]},
+            "history": read_history(home / stage),
+        }
+    stats = {
+        path.stem.removeprefix("stats_"): read_json(path) for path in sorted((home / "processed").glob("stats_*.json"))
+    }
+    first, config = runs["scratch"]["results"], read_json(home / "scratch" / CONFIG)
+    keys = ("split", "split_note", "num_images", "size", "class_set", "parameters", "device", "torch", "commit")
+    collected = {
+        "name": home.name,
+        "context": {key: first[key] for key in keys}
+        | {"void": first["trained_void"], "classes": list(CLASS_SETS[first["class_set"]].names)}
+        | {key: config[key] for key in ("train_images", "val_images", "train_note", "val_note", "channels", "depth")},
+        "data": {
+            split: {key: value[key] for key in ("num_images", "pixels")}
+            for split, value in stats.items()
+            if "pixels" in value
+        },
+        "runs": runs,
+    }
+    write_json(home / "results.json", collected)
+    return collected
+
+
+def draw_charts(results: dict, folder: Path) -> None:
+    """Write the report's charts of one data set: class distribution, curves, IoU by stage, confusion matrix."""
+    name, class_set = results["name"], CLASS_SETS[results["context"]["class_set"]]
+    shares = {
+        split: np.array(list(data["pixels"]["full_resolution"].values())) for split, data in results["data"].items()
+    }
+    shares = {split: pixels / pixels.sum() for split, pixels in shares.items()}
+    charts = {"classes": plots.class_distribution(class_set, shares)}
+    for stage, run in results["runs"].items():
+        charts[f"curves_{stage}"] = plots.training_curves(run["history"], run["title"])
+    rows = {
+        run["title"]: {key: run["scores"][key] for key in (*class_set.names, "mIoU")}
+        for run in results["runs"].values()
+    }
+    charts["stages"] = plots.iou_by_stage(rows)
+    last = np.array(results["runs"]["ce_dice"]["results"]["confusion"])[:-1]
+    charts["confusion"] = plots.confusion_matrix(last, class_set.names)
+    for chart, figure in charts.items():
+        plots.save(figure, folder / f"{name}_{chart}.svg")
+
+
+def build(pictures: Path, results: list[dict], pdf: Path, seeds: list[dict] = ()) -> Path:
+    """Write the report of one or more collected results to `pdf`.
+
+    pictures  folder with samples.jpg and predictions.jpg of the first results; what is missing is left out
+    seeds     summaries over several seeds, as benchmarks/seeds.py writes them
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for collected in results:
+            draw_charts(collected, folder)
+        found = [picture for picture in PICTURES if (pictures / picture).is_file()]
+        for picture in found:
+            shutil.copy(pictures / picture, folder)
+        write_json(folder / "report.json", {"results": results, "seeds": list(seeds), "pictures": found})
+        shutil.copy(ROOT / "report" / "report.typ", folder)
+        fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+        pdf.parent.mkdir(parents=True, exist_ok=True)
+        typst.compile(folder / "report.typ", output=folder / "report.pdf", font_paths=[fonts], ignore_system_fonts=True)
+        shutil.move(folder / "report.pdf", pdf)
+    return pdf
+
+
+def adopt(home: Path) -> None:
+    """Copy a finished run's results into report/results/: numbers always, pictures only of drawn scenes."""
+    results = collect(home)
+    write_json(RESULTS / f"{home.name}.json", results)
+    if home.name.startswith("drawn"):
+        for picture in PICTURES:
+            shutil.copy(home / "pictures" / picture, RESULTS)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, nargs="*", default=[], help="folders of finished `make run`s to copy from")
+    args = parser.parse_args()
+    for home in args.runs:
+        adopt(home)
+    files = [read_json(path) for path in sorted(RESULTS.glob("*.json"))]
+    results = sorted((f for f in files if "runs" in f), key=lambda f: not f["name"].startswith("drawn"))
+    pdf = build(
+        RESULTS, results, ROOT / "report" / "UNet_Model_Training_Report.pdf", [f for f in files if "seeds" in f]
+    )
+    print(f"written to {pdf.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
