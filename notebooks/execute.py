@@ -61,7 +61,10 @@ def execute(source: Path, target: Path, settings: dict) -> None:
     notebook = nbformat.read(source, as_version=4)
     change_settings(notebook, settings)
     place = {"metadata": {"path": ROOT}}
-    client = Client(notebook, timeout=None, record_timing=False, coalesce_streams=True, resources=place)
+    quiet = ["--log-level=ERROR"]  # the kernel would warn that it talks to us over TCP
+    client = Client(
+        notebook, timeout=None, record_timing=False, coalesce_streams=True, resources=place, extra_arguments=quiet
+    )
     try:
         client.execute()
         fill_answer(notebook, ROOT / settings["out"])

@@ -83,9 +83,8 @@ def summarise(home: Path, results: dict, status: int) -> None:
         values = [run["scores"].get(name) for name in names]
         row = "".join(f"{value:>12.4f}" if value is not None else f"{'absent':>12}" for value in values)
         print(f"{stage:<14}{row}{run['minutes']:>9.1f}")
-    print(
-        f"\nexecuted notebooks  {home / 'notebooks'}\npictures            {home / 'pictures'}, {home / 'processed' / 'visualizations'}"
-    )
+    print(f"\nexecuted notebooks  {home / 'notebooks'}")
+    print(f"pictures            {home / 'pictures'}, {home / 'processed' / 'visualizations'}")
     for folder in sorted(home.glob("*/wandb/*run-*")):
         print(f"W&B run folder      {folder}")
     print(f"report              {home / 'UNet_Model_Training_Report.pdf'}")

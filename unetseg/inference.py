@@ -86,7 +86,7 @@ def headline(results: dict) -> dict[str, float | None]:
 
 
 def read_results(run: Path) -> dict:
-    """The scores that `evaluate_run` left in a run folder, those of the test split first. Raises ValueError without any."""
+    """The scores that `evaluate_run` left in a run folder, those of the test split first; ValueError without any."""
     found = [path for split in ("test", "val", "val_all") if (path := run / f"results_{split}.json").is_file()]
     if not found:
         raise ValueError(

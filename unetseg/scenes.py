@@ -4,6 +4,8 @@ A pinhole camera 1.4 m above the road looks along it. Points are metres: x to th
 is painted later, so occlusion comes by itself. The labels are Cityscapes' label ids; same seed, same bytes.
 """
 
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -204,7 +206,7 @@ def row_of_houses(canvas: Canvas, rng: np.random.Generator, x: float) -> None:
     edges = [rng.uniform(-4, 4)]
     while edges[-1] < FAR:
         edges.append(edges[-1] + rng.uniform(8, 20))
-    for z0, z1 in reversed(list(zip(edges, edges[1:]))):
+    for z0, z1 in reversed(list(pairwise(edges))):
         if rng.random() < 0.68:
             building(canvas, rng, x, max(z0, 1.0), z1)
             continue
@@ -317,16 +319,23 @@ def draw_dataset(out: Path, num_scenes: dict[str, int], size: tuple[int, int] = 
 
     num_scenes  split name -> number of scenes; scene i of a split depends on (seed, split, i) alone
     """
-    drawn = 0
+    jobs = []
     for number, (split, count) in enumerate(num_scenes.items()):
-        for place in tqdm(range(count), desc=f"drawing {split}", unit="img", delay=1):
+        for place in range(count):
             stem = f"drawn_{seed:06d}_{place:06d}"
             image_path = out / "leftImg8bit" / split / "drawn" / f"{stem}_leftImg8bit.png"
             labels_path = out / "gtFine" / split / "drawn" / f"{stem}_gtFine_labelIds.png"
-            if image_path.is_file() and labels_path.is_file():
-                continue
-            drawn += 1
-            for path, picture in zip((image_path, labels_path), draw_scene(size, (seed, number, place))):
-                with atomic_open(path) as file:
-                    Image.fromarray(picture).save(file, format="PNG", compress_level=3)
-    return drawn
+            if not (image_path.is_file() and labels_path.is_file()):
+                jobs.append((size, (seed, number, place), image_path, labels_path))
+    if jobs:
+        with ProcessPoolExecutor() as pool:
+            list(tqdm(pool.map(_draw_files, jobs), total=len(jobs), desc="drawing", unit="img"))
+    return len(jobs)
+
+
+def _draw_files(job: tuple) -> None:
+    size, seed, *paths = job
+    cv2.setNumThreads(1)
+    for path, picture in zip(paths, draw_scene(size, seed)):
+        with atomic_open(path) as file:
+            Image.fromarray(picture).save(file, format="PNG", compress_level=3)

@@ -1,0 +1,126 @@
+import pytest
+import torch
+
+from unetseg import augment
+from unetseg.augment import COLUMNS, basic, epoch_draws, occlude, warp
+
+N, H, W = 6, 24, 32
+
+
+def coordinates():
+    """Images whose red and green channels are their own x and y, and masks that number blocks of 4x4 pixels."""
+    ys, xs = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
+    images = torch.stack([(xs + 0.5) / W, (ys + 0.5) / H, torch.full((H, W), 0.5)]).expand(N, 3, H, W).clone()
+    return images, (ys // 4 * (W // 4) + xs // 4).expand(N, H, W).clone()
+
+
+def rows(**columns):
+    table = torch.full((N, len(COLUMNS)), 0.5)
+    for name, value in columns.items():
+        table[:, COLUMNS.index(name)] = torch.as_tensor(value, dtype=torch.float32)
+    return table
+
+
+@pytest.fixture
+def scene():
+    torch.manual_seed(0)
+    return torch.rand(N, 3, H, W), torch.randint(0, 5, (N, H, W))
+
+
+def test_image_and_mask_stay_aligned_to_the_pixel():
+    images, masks = coordinates()
+    _, table = epoch_draws(N, 3, 1)
+    for name in ("brightness", "contrast", "saturation"):
+        table[:, COLUMNS.index(name)] = 0.5
+    moved, moved_masks = basic(images, masks, table)
+    xs, ys = moved[:, 0] * W - 0.5, moved[:, 1] * H - 0.5  # where each pixel came from
+    seen = moved_masks != 255
+    blocks = (ys.round() // 4 * (W // 4) + xs.round() // 4).long()
+    on_edge = ((xs % 1 - 0.5).abs() < 1e-3) | (
+        (ys % 1 - 0.5).abs() < 1e-3
+    )  # exactly between two pixels: either is right
+    assert ((blocks == moved_masks) | on_edge)[seen].all()
+    assert seen.float().mean() > 0.5 and (on_edge & seen).float().mean() < 0.2
+
+
+def test_zooming_out_brings_in_void_and_only_there():
+    images, masks = coordinates()
+    _, out = basic(images, masks, rows(flip=0.9, zoom=0.0))  # zoom 0.6, centred
+    assert (out == 255).float().mean().item() == pytest.approx(1 - 0.6**2, abs=0.05)
+    _, out = basic(images, masks, rows(flip=0.9, zoom=1.0))
+    assert not (out == 255).any()
+
+
+def test_flipping_twice_changes_nothing(scene):
+    images, masks = scene
+    flip = torch.tensor([[-1.0, 0, 0], [0, 1.0, 0]]).expand(N, 2, 3)
+    once, once_masks = warp(images, masks, flip)
+    assert (once_masks == masks.flip(-1)).all() and torch.allclose(once, images.flip(-1), atol=1e-5)
+    twice, twice_masks = warp(once, once_masks, flip)
+    assert (twice_masks == masks).all() and torch.allclose(twice, images, atol=1e-5)
+
+
+def test_void_stays_void(scene):
+    images, masks = scene
+    masks[:, :3] = 255
+    _, out = basic(images, masks, rows(flip=0.9))
+    assert (out[:, :3] == 255).all() and (out[:, 3:] != 255).all()
+
+
+def occlude_all(images, masks, table, aimed=0.0, policy="keep"):
+    boxes = torch.tensor([[[4.0, 6.0, 12.0, 18.0]]]).expand(N, 1, 4)
+    return occlude(images, masks, table, boxes, torch.ones(N, dtype=torch.long), images.flip(0), 1.0, aimed, policy)
+
+
+@pytest.mark.parametrize("kind", range(4), ids=augment.TEXTURES)
+def test_an_occluder_is_one_rectangle_and_the_mask_keeps_its_classes(scene, kind):
+    images, masks = scene
+    out, out_masks = occlude_all(images, masks, rows(x=0.3, y=0.7, texture=(kind + 0.5) / 4, red=0.123))
+    changed = (out != images).any(dim=1)
+    assert (out_masks == masks).all() and out.min() >= 0 and out.max() <= 1
+    for image in changed:
+        ys, xs = image.nonzero(as_tuple=True)
+        height, width = ys.max() - ys.min() + 1, xs.max() - xs.min() + 1
+        assert image.any() and image.sum() >= 0.9 * height * width
+        assert 0.1 * H <= height <= 0.4 * H + 1 and 0.1 * W <= width <= 0.4 * W + 1
+
+
+def test_aimed_occluders_lie_on_the_instance(scene):
+    images, masks = scene
+    _, table = epoch_draws(N, 0, 1)
+    table[:, COLUMNS.index("aim")] = 0.0
+    out, out_masks = occlude_all(images, masks, table, aimed=1.0, policy="void")
+    covered = out_masks == 255
+    assert covered.flatten(1).any(dim=1).all()
+    covered[:, 6:18, 4:12] = False
+    assert not covered.any()
+    assert ((out != images).any(dim=1) <= (out_masks == 255)).all()
+
+
+def test_inputs_are_never_modified(scene):
+    images, masks = scene
+    before = images.clone(), masks.clone()
+    _, table = epoch_draws(N, 0, 1)
+    occlude_all(images, masks, table, policy="void")
+    basic(images, masks, table)
+    assert (images == before[0]).all() and (masks == before[1]).all()
+
+
+def test_a_sample_looks_the_same_in_any_batch(scene):
+    images, masks = scene
+    _, table = epoch_draws(N, 7, 2)
+    whole = basic(*occlude_all(images, masks, table), table)
+    boxes, one = torch.tensor([[[4.0, 6.0, 12.0, 18.0]]]), torch.ones(1, dtype=torch.long)
+    for i in (0, 3, 5):
+        pick = slice(i, i + 1)
+        alone = occlude(images[pick], masks[pick], table[pick], boxes, one, images.flip(0)[pick], 1.0, 0.0)
+        alone = basic(*alone, table[pick])
+        assert torch.allclose(alone[0], whole[0][pick], atol=1e-6) and (alone[1] == whole[1][pick]).all()
+
+
+def test_draws_depend_on_seed_and_epoch_alone():
+    (order, table), (same_order, same_table) = epoch_draws(20, 1, 3), epoch_draws(20, 1, 3)
+    assert (order == same_order).all() and (table == same_table).all()
+    assert sorted(order.tolist()) == list(range(20))
+    for other in (epoch_draws(20, 1, 4), epoch_draws(20, 2, 3)):
+        assert not (table == other[1]).any(dim=0).any()

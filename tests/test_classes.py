@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+from cityscapesscripts.helpers.labels import labels as official
+
+from unetseg.classes import CLASS_SETS, IGNORE_INDEX
+
+SEVEN = {
+    "background": [8, 9, 10, 12, 13, 14, 15, 16, 17, 18, 19, 20, 22],
+    "road": [7],
+    "building": [11],
+    "vehicle": [26, 27, 28, 29, 30, 31, 32, 33],
+    "person": [24, 25],
+    "vegetation": [21],
+    "sky": [23],
+}
+
+
+def test_cityscapes19_is_the_official_table():
+    class_set = CLASS_SETS["cityscapes19"]
+    seen = 0
+    for label in official:
+        if label.id < 0:
+            continue
+        seen += 1
+        assert class_set.known[label.id]
+        train_id = label.trainId if 0 <= label.trainId < 19 else IGNORE_INDEX
+        assert class_set.lookup[label.id] == train_id
+        if train_id != IGNORE_INDEX:
+            assert tuple(class_set.colours[train_id]) == label.color
+            assert class_set.names[train_id] == label.name.replace(" ", "_")
+    assert seen == 34 == class_set.known.sum()
+
+
+def test_cityscapes7_groups_every_id_once():
+    class_set = CLASS_SETS["cityscapes7"]
+    assert class_set.names == tuple(SEVEN)
+    for class_id, ids in enumerate(SEVEN.values()):
+        assert np.flatnonzero(class_set.lookup[:34] == class_id).tolist() == ids
+    assert np.flatnonzero(class_set.lookup[:34] == IGNORE_INDEX).tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("name, lookup", [
+    ("camvid11", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 255]),
+    ("camvid7", [6, 2, 0, 1, 0, 5, 0, 0, 3, 4, 4, 255]),
+])  # fmt: skip
+def test_camvid_tables(name, lookup):
+    class_set = CLASS_SETS[name]
+    assert class_set.lookup[:12].tolist() == lookup
+    assert class_set.known.sum() == 12
+
+
+def test_only_sets_with_a_background_have_the_background_rule():
+    assert {name for name, s in CLASS_SETS.items() if "background" in s.void_rules} == {"cityscapes7", "camvid7"}
+
+
+def test_paint_uses_the_colours_and_black_for_void():
+    class_set = CLASS_SETS["cityscapes7"]
+    painted = class_set.paint(np.array([[1, 255], [4, 6]], np.uint8))
+    assert painted.tolist() == [[[128, 64, 128], [0, 0, 0]], [[220, 20, 60], [70, 130, 180]]]

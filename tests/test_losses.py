@@ -1,0 +1,75 @@
+import math
+
+import pytest
+import torch
+from monai.losses import DiceLoss
+
+from unetseg.losses import ce_dice, cross_entropy, dice_loss
+
+V = 255
+HALF = torch.zeros(1, 2, 2, 2)  # both classes at 1/2, 2x2 pixels
+
+
+def mask(*rows):
+    return torch.tensor([rows])
+
+
+@pytest.mark.parametrize("truth, weights, expected", [
+    (mask([0, 1], [1, 0]), None, math.log(2)),
+    (mask([0, V], [V, V]), None, math.log(2)),            # void is in no sum
+    (mask([V, V], [V, V]), None, 0.0),
+    (mask([V, V], [V, V]), torch.tensor([1.0, 3.0]), 0.0),
+    (mask([0, 1], [1, 1]), torch.tensor([1.0, 3.0]), math.log(2)),
+])  # fmt: skip
+def test_cross_entropy_by_hand(truth, weights, expected):
+    assert cross_entropy(HALF, truth, weights).item() == pytest.approx(expected)
+
+
+def test_weights_move_the_mean_towards_their_class():
+    logits = torch.tensor([[[[2.0, 0.0]], [[0.0, 0.0]]]])  # p0 = .881 at the first pixel, 1/2 at the second
+    truth, first, second = mask([0, 1]), math.log(1 + math.exp(-2)), math.log(2)
+    loss = cross_entropy(logits, truth, torch.tensor([1.0, 3.0])).item()
+    assert loss == pytest.approx((1 * first + 3 * second) / 4)
+
+
+@pytest.mark.parametrize("truth, expected", [
+    (mask([0, 0], [1, 1]), 0.5),   # each class: 2·(2·½) / (4·½ + 2) = 1/2
+    (mask([0, 0], [0, 0]), 1 / 3), # class 0 alone: 2·2 / (2 + 4) = 2/3; class 1 is absent
+    (mask([0, V], [V, V]), 1 / 3), # one valid pixel: 2·½ / (½ + 1) = 2/3
+    (mask([V, V], [V, V]), 0.0),
+])  # fmt: skip
+def test_dice_by_hand(truth, expected):
+    assert dice_loss(HALF, truth).item() == pytest.approx(expected)
+
+
+def test_dice_agrees_with_monai():
+    torch.manual_seed(0)
+    logits, truth = torch.randn(3, 5, 8, 8), torch.randint(0, 5, (3, 8, 8))
+    reference = DiceLoss(to_onehot_y=True, softmax=True, batch=True, smooth_nr=0, smooth_dr=1e-6)
+    assert dice_loss(logits, truth).item() == pytest.approx(reference(logits, truth[:, None]).item(), abs=1e-6)
+
+
+def test_cross_entropy_agrees_with_torch():
+    torch.manual_seed(0)
+    logits, truth, weights = torch.randn(2, 4, 8, 8), torch.randint(0, 4, (2, 8, 8)), torch.rand(4) + 0.1
+    truth[0, :3] = V
+    for w in (None, weights):
+        reference = torch.nn.functional.cross_entropy(logits, truth, w, ignore_index=V)
+        assert cross_entropy(logits, truth, w).item() == pytest.approx(reference.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_fn", [cross_entropy, dice_loss, ce_dice])
+def test_void_pixels_get_no_gradient(loss_fn):
+    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
+    truth = torch.randint(0, 3, (1, 4, 4))
+    truth[:, 1] = V
+    loss_fn(logits, truth).backward()
+    assert (logits.grad[:, :, 1] == 0).all() and (logits.grad[:, :, 0] != 0).any()
+
+
+def test_ratio_is_what_it_says():
+    torch.manual_seed(0)
+    logits, truth = torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4))
+    ce, dice = cross_entropy(logits, truth).item(), dice_loss(logits, truth).item()
+    assert ce_dice(logits, truth, dice_share=0.7).item() == pytest.approx(0.3 * ce + 0.7 * dice)
+    assert 0 <= dice <= 1
