@@ -13,15 +13,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "report")]
+sys.path[:0] = [str(ROOT), str(ROOT / "preprocessing"), str(ROOT / "report")]
 from build import build, collect
 from execute import NOTEBOOKS, execute
+from image_segmentation_preprocessing import find_layout
 from nbclient.exceptions import CellExecutionError
 
 from unetseg import scenes, stages
 from unetseg.data import find_split
 
-QUICK_SIZE, QUICK_CHANNELS = "128", 16
+QUICK_SIZE = {"cityscapes": "192x96", "camvid": "144x108"}  # the shape of the originals, few pixels
+QUICK_CHANNELS = 16
 QUICK_IMAGES = {"scratch": 2000, "weighted_ce": 800, "ce_dice": 800}  # images seen by a quick training of each stage
 
 
@@ -45,7 +47,7 @@ def prepare(args: argparse.Namespace, home: Path) -> tuple[Path, int]:
     processed = home / "processed"
     say(f"Preprocessing {raw}")
     script = ROOT / "preprocessing" / "image_segmentation_preprocessing.py"
-    size = QUICK_SIZE if args.quick else "256"
+    size = QUICK_SIZE[find_layout(raw)] if args.quick else "256"
     command = [sys.executable, script, "--data_dir", raw, "--output_dir", processed, "--size", size]
     status = subprocess.run([str(part) for part in command]).returncode
     if status and not (processed / "stats_train.json").is_file():

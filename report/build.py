@@ -19,12 +19,13 @@ sys.path.insert(0, str(ROOT))
 from unetseg import plots
 from unetseg.checkpoint import CONFIG, read_history
 from unetseg.classes import CLASS_SETS
-from unetseg.files import read_json, write_json
+from unetseg.files import atomic_open, read_json, write_json
 from unetseg.inference import headline, read_results
 from unetseg.stages import STAGES
 
 RESULTS = ROOT / "report" / "results"
 PICTURES = ("samples.jpg", "predictions.jpg")
+MARKERS = ("<!-- results: written by make report -->", "<!-- end of results -->")
 
 
 def collect(home: Path) -> dict:
@@ -105,6 +106,32 @@ def build(pictures: Path, results: list[dict], pdf: Path, seeds: list[dict] = ()
         typst.compile(folder / "report.typ", output=folder / "report.pdf", font_paths=[fonts], ignore_system_fonts=True)
         shutil.move(folder / "report.pdf", pdf)
     return pdf
+
+
+def readme_table(seeds: dict) -> str:
+    """The README's table of results, as Markdown."""
+    names = [*seeds["classes"], "mIoU"]
+    lines = [f"| | {' | '.join(names)} | minutes |", "|---" * (len(names) + 2) + "|"]
+    for row in seeds["stages"].values():
+        cells = [f"{row['mean'][name]:.3f} ± {row['std'][name]:.3f}".replace("0.", ".") for name in names]
+        lines.append(f"| {row['title']} | {' | '.join(cells)} | {row['minutes']:.1f} |")
+    seeds_, size = ", ".join(map(str, seeds["seeds"])), "x".join(map(str, seeds["size"]))
+    note = (
+        f"IoU, mean ± standard deviation over the seeds {seeds_}: {seeds['split_note']} (split `{seeds['split']}`) of the "
+        f"drawn scenes, {size}, void rule `{seeds['void']}`, {seeds['train_images']} training images, "
+        f"{seeds['epochs']} + {seeds['tune_epochs']} epochs, {seeds['parameters'] / 1e6:.2f} M parameters, "
+        f"{seeds['device']}, torch {seeds['torch']}. The control continues the first stage for as long as a fine-tuning."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def update_readme(seeds: dict) -> None:
+    """Put the table between the README's markers."""
+    path = ROOT / "README.md"
+    before, rest = path.read_text(encoding="utf-8").split(MARKERS[0])
+    after = rest.split(MARKERS[1])[1]
+    with atomic_open(path) as file:
+        file.write(f"{before}{MARKERS[0]}\n{readme_table(seeds)}\n{MARKERS[1]}{after}".encode())
 
 
 def adopt(home: Path) -> None:

@@ -294,8 +294,13 @@ def test_a_full_disk_is_reported_per_file(raw, tmp_path, monkeypatch):
 
 
 def test_the_script_runs_without_torch(raw, tmp_path):
-    code = f"import sys; sys.modules['torch'] = None; sys.argv[1:] = {['--data_dir', str(raw), '--output_dir', str(tmp_path / 'o')]}; "
-    code += f"import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    arguments = ["--data_dir", str(raw), "--output_dir", str(tmp_path / "out")]
+    code = f"""
+import runpy, sys
+sys.modules["torch"] = None
+sys.argv[1:] = {arguments}
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "6 images made" in done.stderr

@@ -10,7 +10,7 @@ from .classes import ClassSet
 from .files import atomic_open
 
 STAGE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # Okabe & Ito's colour-blind-safe palette
-WIDTH = 9.5  # inches: a notebook's column
+WIDTH = 8.5  # inches: a notebook's column
 
 
 def overlay(image: np.ndarray, painted: np.ndarray, alpha: float = 0.55) -> np.ndarray:

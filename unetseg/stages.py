@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from . import augment, checkpoint, device, engine, losses
-from .data import Batches, SegmentationSet, class_weights, instance_boxes, load_split
+from .classes import VOID_RULES
+from .data import WEIGHTINGS, Batches, SegmentationSet, class_weights, instance_boxes, load_split
 from .files import read_json, write_json
 from .inference import best_model, predictions
 from .metrics import under_rule
@@ -38,6 +39,15 @@ STAGES = {
     "scratch": Stage("from scratch, CE", 100, 3e-3, False, False, False),
     "weighted_ce": Stage("weighted CE + occlusion", 30, 1e-3, True, False, True),
     "ce_dice": Stage("CE + Dice + occlusion", 30, 1e-3, True, True, True),
+}
+
+
+CHOICES = {
+    "stage": tuple(STAGES),
+    "void": VOID_RULES,
+    "precision": ("auto", *device.DTYPES),
+    "weighting": WEIGHTINGS,
+    "occluded": ("keep", "void"),
 }
 
 
@@ -81,7 +91,17 @@ def resolve(settings: Settings) -> Settings:
             if getattr(settings, name) not in (None, known[name]):
                 raise ValueError(f"{settings.init}: expected {name} {getattr(settings, name)}, found {known[name]}")
     known |= {"epochs": stage.epochs, "lr": stage.lr}
-    return replace(settings, **{key: value for key, value in known.items() if getattr(settings, key) is None})
+    settings = replace(settings, **{key: value for key, value in known.items() if getattr(settings, key) is None})
+    for name in ("epochs", "batch_size", "lr", "channels", "depth"):
+        if getattr(settings, name) <= 0:
+            raise ValueError(f"{name}: expected more than 0, found {getattr(settings, name)}")
+    for name in ("dice_share", "occlusion", "aimed"):
+        if not 0 <= getattr(settings, name) <= 1:
+            raise ValueError(f"{name}: expected a share in [0, 1], found {getattr(settings, name)}")
+    for name, choices in CHOICES.items():
+        if getattr(settings, name) not in choices:
+            raise ValueError(f"{name}: expected one of {', '.join(choices)}; found {getattr(settings, name)!r}")
+    return settings
 
 
 def load_sets(settings: Settings) -> tuple[SegmentationSet, SegmentationSet]:
