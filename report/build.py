@@ -117,10 +117,11 @@ def readme_table(seeds: dict) -> str:
         lines.append(f"| {row['title']} | {' | '.join(cells)} | {row['minutes']:.1f} |")
     seeds_, size = ", ".join(map(str, seeds["seeds"])), "x".join(map(str, seeds["size"]))
     note = (
-        f"IoU, mean ± standard deviation over the seeds {seeds_}: {seeds['split_note']} (split `{seeds['split']}`) of the "
-        f"drawn scenes, {size}, void rule `{seeds['void']}`, {seeds['train_images']} training images, "
+        f"IoU, mean ± standard deviation over the seeds {seeds_}: {seeds['split_note']} (split `{seeds['split']}`) "
+        f"of the drawn scenes, {size}, void rule `{seeds['void']}`, {seeds['train_images']} training images, "
         f"{seeds['epochs']} + {seeds['tune_epochs']} epochs, {seeds['parameters'] / 1e6:.2f} M parameters, "
-        f"{seeds['device']}, torch {seeds['torch']}. The control continues the first stage for as long as a fine-tuning."
+        f"{seeds['device']}, torch {seeds['torch']}. "
+        "The control continues the first stage for as long as a fine-tuning."
     )
     return "\n".join([*lines, "", note])
 
