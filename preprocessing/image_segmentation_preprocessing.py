@@ -11,12 +11,14 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from io import BytesIO
+from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # what OpenCV would say of a broken file, we say with its name
@@ -27,7 +29,6 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from unetseg import plots
 from unetseg.classes import CLASS_SETS, IGNORE_INDEX, ClassSet
 from unetseg.files import atomic_open, write_json
 
@@ -245,19 +246,16 @@ def save_mask(path: Path, mask: np.ndarray, record: Record, origin: dict) -> Non
         Image.fromarray(mask).save(file, format="PNG", pnginfo=note)
 
 
-def process_split(split: str, pairs: list[Pair], workers: int, **job) -> list[Record]:
-    """Process all pairs of a split on `workers` processes, in order, under a progress bar."""
-    work = partial(process, split=split, **job)
-    chunk = max(1, min(16, len(pairs) // (4 * workers)))
-    with ProcessPoolExecutor(min(workers, len(pairs))) as pool:
-        results = pool.map(work, pairs, chunksize=chunk)
-        try:
-            return list(tqdm(results, total=len(pairs), desc=split, unit="img", leave=False))
-        except BrokenProcessPool:
-            raise BadFile(f"{split}: a worker process died (out of memory?); rerun with fewer --workers") from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+def process_split(pool: ProcessPoolExecutor, split: str, pairs: list[Pair], **job) -> list[Record]:
+    """Process all pairs of a split on the pool, in order, under a progress bar."""
+    results = pool.map(partial(process, split=split, **job), pairs, chunksize=max(1, min(16, len(pairs) // 32)))
+    try:
+        return list(tqdm(results, total=len(pairs), desc=split, unit="img", leave=False))
+    except BrokenProcessPool:
+        raise BadFile(f"{split}: a worker process died (out of memory?); rerun with fewer --workers") from None
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
 def edge_cases(records: list[Record], class_set: ClassSet) -> dict:
@@ -296,6 +294,8 @@ def write_stats(output: Path, split: str, layout: str, settings: Settings, recor
 
 def draw(output: Path, stats: dict, num_samples: int) -> None:
     """Write visualizations/<split>_samples.jpg and <split>_class_distribution.png."""
+    from unetseg import plots  # here, because every worker imports this file and none of them draws
+
     class_set, split, folder = CLASS_SETS[stats["class_set"]], stats["split"], output / "visualizations"
     total = {name: np.array(list(pixels.values())) for name, pixels in stats["pixels"].items()}
     shares = {f"{name.replace('_', ' ')}": pixels / pixels.sum() for name, pixels in total.items()}
@@ -383,18 +383,24 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(args.classes or DEFAULT_CLASSES[layout], args.size, args.dtype)
     if CLASS_SETS[settings.class_set].layout != layout:
         raise BadFile(f"{args.data_dir}: expected a class set for {layout}, found --classes {settings.class_set}")
+    splits = choose_splits(args.data_dir, layout, args.splits)
     left_out = 0
-    for split in choose_splits(args.data_dir, layout, args.splits):
-        pairs, records = list_pairs(args.data_dir, layout, split)
-        if not pairs and not records:
-            raise BadFile(f"{args.data_dir}: expected images in the split {split}, found none")
-        job = {"output": args.output_dir, "settings": settings, "overwrite": args.overwrite}
-        records += process_split(split, pairs, args.workers, **job) if pairs else []
-        stats = write_stats(args.output_dir, split, layout, settings, sorted(records, key=lambda r: r.stem))
-        report(split, records, stats)
-        if "pixels" in stats:
-            draw(args.output_dir, stats, args.sample_size)
-        left_out += len(stats["left_out"])
+    quiet = {
+        "initializer": signal.signal,
+        "initargs": (signal.SIGINT, signal.SIG_IGN),
+    }  # Ctrl-C is for the main process
+    with ProcessPoolExecutor(args.workers, get_context("spawn"), **quiet) as pool:
+        for split in splits:
+            pairs, records = list_pairs(args.data_dir, layout, split)
+            if not pairs and not records:
+                raise BadFile(f"{args.data_dir}: expected images in the split {split}, found none")
+            job = {"output": args.output_dir, "settings": settings, "overwrite": args.overwrite}
+            records += process_split(pool, split, pairs, **job)
+            stats = write_stats(args.output_dir, split, layout, settings, sorted(records, key=lambda r: r.stem))
+            report(split, records, stats)
+            if "pixels" in stats:
+                draw(args.output_dir, stats, args.sample_size)
+            left_out += len(stats["left_out"])
     log.info("written to %s: images_processed, masks_processed, stats_*.json, visualizations", args.output_dir)
     return left_out
 

@@ -45,8 +45,8 @@ def test_everything_is_logged_offline(no_account, tmp_path):
     run = tmp_path / "home" / "scratch"
     tracker = Tracker("test", run, {"stage": "scratch", "lr": 1e-3})
     tracker.epoch(RECORD)
-    ids = np.zeros((2, 8, 8), np.uint8)
-    tracker.pictures(np.zeros((2, 8, 8, 3), np.uint8), ids, ids + 1, NAMES)
+    ids = np.stack([np.zeros((8, 8)), np.eye(8)]).astype(np.uint8)
+    tracker.pictures(np.stack([ids * 255] * 3, axis=-1), ids, 1 - ids, NAMES)
     tracker.confusion(np.array([[5, 1], [2, 3]]), NAMES)
     (run / "model.safetensors").write_bytes(b"weights")
     tracker.model(run / "model.safetensors", {"stage": "scratch"})

@@ -2,10 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,16 +25,6 @@ class TrainingStopped(RuntimeError):
 
 class NotFinite(ArithmeticError):
     """A loss is NaN or infinite."""
-
-
-class Batches(Protocol):
-    """What `fit` asks of its data."""
-
-    dataset: Sized
-
-    def __len__(self) -> int: ...
-
-    def epoch(self, number: int = 0) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
 @dataclass
@@ -157,8 +146,8 @@ class Job:
 def fit(
     trainer: Trainer,
     loss_fn: LossFn,
-    train_batches: Batches,
-    val_batches: Batches,
+    train_batches,
+    val_batches,
     job: Job,
     log: Callable[[dict], None] = lambda record: None,
 ) -> list[dict]:

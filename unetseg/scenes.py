@@ -6,6 +6,7 @@ is painted later, so occlusion comes by itself. The labels are Cityscapes' label
 
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
@@ -328,7 +329,7 @@ def draw_dataset(out: Path, num_scenes: dict[str, int], size: tuple[int, int] = 
             if not (image_path.is_file() and labels_path.is_file()):
                 jobs.append((size, (seed, number, place), image_path, labels_path))
     if jobs:
-        with ProcessPoolExecutor() as pool:
+        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
             list(tqdm(pool.map(_draw_files, jobs), total=len(jobs), desc="drawing", unit="img"))
     return len(jobs)
 

@@ -4,6 +4,8 @@ import netrc
 import os
 import socket
 import warnings
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -39,14 +41,30 @@ def _key_in_netrc(host: str) -> bool:
         return False
 
 
+def mirrored(method: Callable) -> Callable:
+    """Let a Tracker's method do nothing without a W&B run; its first failure is a warning, and the end of logging."""
+
+    @wraps(method)
+    def guarded(self: "Tracker", *values: object) -> None:
+        if self.wandb_run is None:
+            return
+        try:
+            method(self, *values)
+        except (wandb.errors.Error, OSError) as error:
+            self.wandb_run = None
+            warnings.warn(f"W&B: logging stopped ({error}); the run goes on", stacklevel=2)
+
+    return guarded
+
+
 class Tracker:
-    """One W&B run. Each method logs one kind of thing; after the first failure all of them are silent."""
+    """One W&B run; each method logs one kind of thing."""
 
     def __init__(self, project: str, run: Path, config: dict) -> None:
         for name in ("WANDB_INIT_TIMEOUT", "WANDB_FINISH_TIMEOUT"):
             os.environ.setdefault(name, TIMEOUT)
-        os.environ["WANDB_DATA_DIR"] = str(run.resolve() / "wandb")  # artifacts are staged there by absolute path
         run.mkdir(parents=True, exist_ok=True)
+        os.environ["WANDB_DATA_DIR"] = str(run.resolve() / "wandb")  # artifacts are staged there by absolute path
         self.wandb_run = None
         for mode in dict.fromkeys((choose_mode(), "offline")):
             try:
@@ -65,59 +83,42 @@ class Tracker:
         started.define_metric("val/miou", step_metric="epoch", summary="max")
         return started
 
-    def _log(self, values: dict) -> None:
-        if self.wandb_run is None:
-            return
-        try:
-            self.wandb_run.log(values)
-        except (wandb.errors.Error, OSError) as error:
-            warnings.warn(f"W&B: logging stopped ({error}); the run goes on", stacklevel=2)
-            self.wandb_run = None
-
+    @mirrored
     def epoch(self, record: dict) -> None:
         """Log a row of history with its per-class IoU."""
         values = {"epoch": record["epoch"], "lr": record["lr"], "images_per_second": record["images_per_second"]}
         values |= {"train/loss": record["train_loss"], "val/loss": record["val_loss"], "val/miou": record["val_miou"]}
         classes = record["scores"]["classes"].items()
-        self._log(values | {f"val/iou/{name}": s["iou"] for name, s in classes if s["iou"] is not None})
+        self.wandb_run.log(values | {f"val/iou/{name}": s["iou"] for name, s in classes if s["iou"] is not None})
 
+    @mirrored
     def pictures(self, images: np.ndarray, masks: np.ndarray, preds: np.ndarray, names: tuple[str, ...]) -> None:
         """Log images (N, H, W, 3) uint8 with truth and prediction (N, H, W) as W&B's mask overlays."""
         labels = dict(enumerate(names)) | {IGNORE_INDEX: "void"}
-
-        def picture(image: np.ndarray, mask: np.ndarray, pred: np.ndarray) -> wandb.Image:
+        pictures = []
+        for image, mask, pred in zip(images, masks, preds, strict=True):
             layers = {"truth": mask, "prediction": pred}
             overlays = {key: {"mask_data": value, "class_labels": labels} for key, value in layers.items()}
-            return wandb.Image(image, masks=overlays, file_type="jpg")
+            pictures.append(wandb.Image(image, masks=overlays, file_type="jpg"))
+        self.wandb_run.log({"val/pictures": pictures})
 
-        if self.wandb_run is not None:
-            self._log({"val/pictures": [picture(*layers) for layers in zip(images, masks, preds, strict=True)]})
-
+    @mirrored
     def confusion(self, confusion: np.ndarray, names: tuple[str, ...]) -> None:
         """Log a (C, C) matrix of pixel counts, truth x prediction."""
-        if self.wandb_run is None:
-            return
         rows = [[names[t], names[p], int(confusion[t, p])] for t, p in np.ndindex(confusion.shape)]
         table = wandb.Table(columns=["Actual", "Predicted", "nPredictions"], data=rows)
         fields = {key: key for key in table.columns}
-        self._log({"val/confusion": wandb.plot_table("wandb/confusion_matrix/v1", table, fields, {"title": "val"})})
+        preset = "wandb/confusion_matrix/v1"
+        self.wandb_run.log({"val/confusion": wandb.plot_table(preset, table, fields, {"title": "val"})})
 
+    @mirrored
     def model(self, weights: Path, metadata: dict[str, str]) -> None:
         """Log the best weights as an artifact."""
-        if self.wandb_run is None:
-            return
-        try:
-            artifact = wandb.Artifact(f"unet-{metadata['stage']}", type="model", metadata=metadata)
-            artifact.add_file(str(weights))
-            self.wandb_run.log_artifact(artifact, aliases=["best"])
-        except (wandb.errors.Error, OSError) as error:
-            warnings.warn(f"W&B: the model was not logged ({error})", stacklevel=2)
+        artifact = wandb.Artifact(f"unet-{metadata['stage']}", type="model", metadata=metadata)
+        artifact.add_file(str(weights))
+        self.wandb_run.log_artifact(artifact, aliases=["best"])
 
+    @mirrored
     def finish(self) -> None:
         """End the W&B run, waiting no longer than WANDB_FINISH_TIMEOUT."""
-        if self.wandb_run is None:
-            return
-        try:
-            self.wandb_run.finish()
-        except (wandb.errors.Error, OSError) as error:
-            warnings.warn(f"W&B: {error}; `wandb sync {self.wandb_run.dir}` uploads the rest", stacklevel=2)
+        self.wandb_run.finish()
