@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "preprocessing"), str(ROOT / "report")]
 from build import build, collect
 from execute import NOTEBOOKS, execute
 from image_segmentation_preprocessing import find_layout
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from unetseg import scenes, stages
 from unetseg.data import find_split
@@ -44,10 +44,10 @@ def prepare(args: argparse.Namespace, home: Path) -> tuple[Path, int]:
         raw = home / "scenes"
         say(f"Drawing street scenes into {raw}")
         scenes.draw_dataset(raw, {"train": 64, "val": 40})
-    processed = home / "processed"
+    layout, processed = find_layout(raw), home / "processed"
     say(f"Preprocessing {raw}")
     script = ROOT / "preprocessing" / "image_segmentation_preprocessing.py"
-    size = QUICK_SIZE[find_layout(raw)] if args.quick else "256"
+    size = QUICK_SIZE[layout] if args.quick else "256"
     command = [sys.executable, script, "--data_dir", raw, "--output_dir", processed, "--size", size]
     status = subprocess.run([str(part) for part in command]).returncode
     if status and not (processed / "stats_train.json").is_file():
@@ -106,7 +106,7 @@ def main() -> int:
     home = args.out / ((args.data.resolve().name if args.data else "drawn") + ("-quick" if args.quick else ""))
     try:
         processed, status = prepare(args, home)
-        if not args.quick:
+        if not args.quick and not all(list((home / stage).glob("results_*.json")) for stage in NOTEBOOKS):
             announce(processed, home)
         for number, (stage, name) in enumerate(NOTEBOOKS.items(), start=1):
             settings = notebook_settings(stage, home, processed, args.quick)
@@ -120,7 +120,7 @@ def main() -> int:
     except CellExecutionError as error:
         print(f"error: {error.ename}: {error.evalue}", file=sys.stderr)
         return 1
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, DeadKernelError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

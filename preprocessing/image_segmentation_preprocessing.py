@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable, Collection
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -89,11 +90,11 @@ def find_layout(root: Path) -> str:
 def list_pairs(root: Path, layout: str, split: str) -> tuple[list[Pair], list[Record]]:
     """The split's pairs by stem, and a record for each image or label file that stands alone or double."""
     if layout == "cityscapes":
-        images = _by_stem(root / "leftImg8bit" / split, "*/*_leftImg8bit.png", "_leftImg8bit")
-        labels = _by_stem(root / "gtFine" / split, "*/*_gtFine_labelIds.png", "_gtFine_labelIds")
+        images = _by_stem(root / "leftImg8bit" / split, "*/*", "_leftImg8bit.png")
+        labels = _by_stem(root / "gtFine" / split, "*/*", "_gtFine_labelIds.png")
     else:
-        images = _by_stem(root / split, "*.png", "")
-        labels = _by_stem(root / f"{split}annot", "*.png", "")
+        images = _by_stem(root / split, "*", ".png")
+        labels = _by_stem(root / f"{split}annot", "*", ".png")
     labelled = not (layout == "cityscapes" and split == "test")  # Cityscapes' test labels are dummies
     pairs, alone = [], []
     for stem in sorted(images.keys() | (labels.keys() if labelled else set())):
@@ -105,10 +106,12 @@ def list_pairs(root: Path, layout: str, split: str) -> tuple[list[Pair], list[Re
     return pairs, alone
 
 
-def _by_stem(folder: Path, pattern: str, suffix: str) -> dict[str, list[Path]]:
+def _by_stem(folder: Path, pattern: str, ending: str) -> dict[str, list[Path]]:
+    """Stem -> files under `folder` whose names end so, in any case."""
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.glob(pattern)):
-        found.setdefault(path.stem.removesuffix(suffix), []).append(path)
+        if path.name.lower().endswith(ending.lower()):
+            found.setdefault(path.name[: -len(ending)], []).append(path)
     return found
 
 
@@ -135,7 +138,11 @@ def read_png(path: Path, mode: str) -> np.ndarray:
     encoded = path.read_bytes()
     try:
         with Image.open(BytesIO(encoded), formats=["PNG"]) as header:
-            found, size = header.mode, header.size
+            (width, height), found = (
+                header.size,
+                header.mode if encoded[24] == 8 else f"{encoded[24]}-bit {header.mode}",
+            )
+            found += " with transparency" if "transparency" in header.info else ""
             header.verify()
         decoded = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED) if found == mode else None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, cv2.error) as error:
@@ -144,7 +151,7 @@ def read_png(path: Path, mode: str) -> np.ndarray:
     if found != mode:
         kind = {"RGB": "an 8-bit RGB image", "L": "8-bit single-channel ids"}[mode]
         raise BadFile(f"{path}: expected {kind} (mode {mode}), found mode {found}")
-    if decoded is None or decoded.dtype != np.uint8 or decoded.shape[1::-1] != size:
+    if decoded is None or decoded.shape != ((height, width, 3) if mode == "RGB" else (height, width)):
         raise BadFile(f"{path}: expected a whole PNG file, found damaged image data")
     return decoded
 
@@ -184,7 +191,8 @@ def process(pair: Pair, split: str, output: Path, settings: Settings, overwrite:
     mask_path = output / "masks_processed" / split / f"{pair.stem}.png"
     cv2.setNumThreads(1)
     try:
-        origin = asdict(settings) | {"bytes": [path.stat().st_size for path in (pair.image, pair.labels) if path]}
+        sources = [path.stat() for path in (pair.image, pair.labels) if path]
+        origin = asdict(settings) | {"sources": [(source.st_size, source.st_mtime_ns) for source in sources]}
         made = None if overwrite else find_made(pair, image_path, mask_path, settings, origin)
         return made or make(pair, image_path, mask_path, settings, origin)
     except BadFile as error:
@@ -200,12 +208,13 @@ def find_made(pair: Pair, image_path: Path, mask_path: Path, settings: Settings,
         if image.shape != (*settings.size[::-1], 3) or image.dtype != settings.dtype:
             return None
         if pair.labels is None:
-            return Record(pair.stem, reused=True)
+            newer = image_path.stat().st_mtime_ns >= pair.image.stat().st_mtime_ns
+            return Record(pair.stem, reused=True) if newer else None
         with Image.open(mask_path, formats=["PNG"]) as mask:
             note = json.loads(mask.text["unetseg"])
         same = note.pop("origin") == json.loads(json.dumps(origin))
         return Record(pair.stem, **note, reused=True) if same else None
-    except (OSError, SyntaxError, ValueError, KeyError, TypeError):
+    except (OSError, EOFError, SyntaxError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -253,7 +262,7 @@ def process_split(pool: ProcessPoolExecutor, split: str, pairs: list[Pair], **jo
         return list(tqdm(results, total=len(pairs), desc=split, unit="img", leave=False))
     except BrokenProcessPool:
         raise BadFile(f"{split}: a worker process died (out of memory?); rerun with fewer --workers") from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         pool.shutdown(wait=False, cancel_futures=True)
         raise
 
@@ -289,7 +298,18 @@ def write_stats(output: Path, split: str, layout: str, settings: Settings, recor
     columns = ("source_size", "full_resolution", "resized")
     stats["files"] = {record.stem: {key: list(getattr(record, key)) for key in columns} for record in good}
     write_json(output / f"stats_{split}.json", stats)
+    remove_stale(output, split, stats["files"].keys())
     return stats
+
+
+def remove_stale(output: Path, split: str, stems: Collection[str]) -> None:
+    """Delete what earlier runs made of sources that have gone or have become unusable since."""
+    for folder, suffix in (("images_processed", ".npy"), ("masks_processed", ".png")):
+        stale = [path for path in (output / folder / split).glob(f"*{suffix}") if path.stem not in stems]
+        for path in stale:
+            path.unlink()
+        if stale:
+            log.warning("%s: removed %d files from %s whose sources are gone or unusable", split, len(stale), folder)
 
 
 def draw(output: Path, stats: dict, num_samples: int) -> None:
@@ -339,11 +359,15 @@ def parse_size(text: str) -> tuple[int, int]:
     return size
 
 
-def positive(text: str) -> int:
-    """A whole number above zero."""
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
+def at_least(lowest: int) -> Callable[[str], int]:
+    """A parser of whole numbers from `lowest` on."""
+
+    def whole_number(text: str) -> int:
+        if int(text) < lowest:
+            raise ValueError(text)
+        return int(text)
+
+    return whole_number
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -355,8 +379,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--classes", choices=CLASS_SETS, help="class set (default: cityscapes7 or camvid7, by layout)")
     add("--size", type=parse_size, default=(256, 256), metavar="N|WxH", help="output size (256)")
     add("--dtype", choices=("float32", "float16", "uint8"), default="float32", help="stored images (float32)")
-    add("--workers", type=positive, default=os.cpu_count(), help="processes (default: all cores)")
-    add("--sample_size", type=int, default=5, metavar="N", help="samples drawn into visualizations/ per split (5)")
+    add("--workers", type=at_least(1), default=os.cpu_count(), help="processes (default: all cores)")
+    add(
+        "--sample_size",
+        type=at_least(0),
+        default=5,
+        metavar="N",
+        help="samples drawn into visualizations/ per split (5)",
+    )
     add("--log_level", default="INFO", type=str.upper, choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     add("--overwrite", action="store_true", help="redo what is already there")
     return parser.parse_args(argv)
@@ -364,14 +394,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def choose_splits(root: Path, layout: str, asked: list[str] | None) -> list[str]:
     """The splits asked for, all of which must exist, or the layout's defaults that do."""
-    parent = root / "leftImg8bit" if layout == "cityscapes" else root
-    found = sorted(path.name for path in parent.iterdir() if path.is_dir())
-    if layout == "camvid":
-        found = [name for name in found if f"{name}annot" in found]
+    if layout == "cityscapes":
+        found = {path.name for part in ("leftImg8bit", "gtFine") for path in (root / part).iterdir() if path.is_dir()}
+    else:
+        found = {path.name.removesuffix("annot") for path in root.iterdir() if path.is_dir()}
     missing = [split for split in asked or [] if split not in found]
     chosen = asked or [split for split in DEFAULT_SPLITS[layout] if split in found]
     if missing or not chosen:
-        raise BadFile(f"{parent}: expected the splits {missing or DEFAULT_SPLITS[layout]}, found {found or 'none'}")
+        raise BadFile(
+            f"{root}: expected the splits {missing or DEFAULT_SPLITS[layout]}, found {sorted(found) or 'none'}"
+        )
     for split in set(DEFAULT_SPLITS[layout]) - set(chosen):
         log.debug("%s: not processed", split)
     return list(dict.fromkeys(chosen))
@@ -393,7 +425,9 @@ def run(args: argparse.Namespace) -> int:
         for split in splits:
             pairs, records = list_pairs(args.data_dir, layout, split)
             if not pairs and not records:
-                raise BadFile(f"{args.data_dir}: expected images in the split {split}, found none")
+                records.append(
+                    Record(split, error=f"{args.data_dir}: expected images in the split {split}, found none")
+                )
             job = {"output": args.output_dir, "settings": settings, "overwrite": args.overwrite}
             records += process_split(pool, split, pairs, **job)
             stats = write_stats(args.output_dir, split, layout, settings, sorted(records, key=lambda r: r.stem))
@@ -425,4 +459,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

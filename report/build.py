@@ -137,8 +137,12 @@ def update_readme(seeds: dict) -> None:
 
 def adopt(home: Path) -> None:
     """Copy a finished run's results into report/results/: numbers always, pictures only of drawn scenes."""
-    results = collect(home)
-    write_json(RESULTS / f"{home.name}.json", results)
+    seeds = sorted(home.glob("seeds_*.json"))
+    for path in seeds:
+        shutil.copy(path, RESULTS)
+    if seeds:
+        return
+    write_json(RESULTS / f"{home.name}.json", collect(home))
     if home.name.startswith("drawn"):
         for picture in PICTURES:
             shutil.copy(home / "pictures" / picture, RESULTS)
@@ -146,15 +150,18 @@ def adopt(home: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, nargs="*", default=[], help="folders of finished `make run`s to copy from")
+    finished = "folders of finished `make run`s, or of benchmarks/seeds.py, to copy from"
+    parser.add_argument("--runs", type=Path, nargs="*", default=[], help=finished)
     args = parser.parse_args()
     for home in args.runs:
         adopt(home)
     files = [read_json(path) for path in sorted(RESULTS.glob("*.json"))]
-    results = sorted((f for f in files if "runs" in f), key=lambda f: not f["name"].startswith("drawn"))
-    pdf = build(
-        RESULTS, results, ROOT / "report" / "UNet_Model_Training_Report.pdf", [f for f in files if "seeds" in f]
-    )
+    results = sorted((file for file in files if "runs" in file), key=lambda file: not file["name"].startswith("drawn"))
+    seeds = [file for file in files if "seeds" in file]
+    for summary in seeds:
+        if summary["name"] == "drawn":
+            update_readme(summary)
+    pdf = build(RESULTS, results, ROOT / "report" / "UNet_Model_Training_Report.pdf", seeds)
     print(f"written to {pdf.relative_to(ROOT)}")
     return 0
 

@@ -49,6 +49,15 @@ def test_training_learns_and_leaves_the_run_folder(sets, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "history.csv", "state.pt"}
 
 
+@pytest.mark.parametrize("num_steps", range(1, 13))
+def test_any_number_of_steps_has_a_schedule(num_steps):
+    trainer = Trainer(UNet(2, channels=2, depth=1), num_steps, 0.1, 0.0, "fp32")
+    for _ in range(num_steps):
+        trainer.optimizer.step()
+        trainer.scheduler.step()
+        assert 0 < trainer.lr <= 0.1 + 1e-9
+
+
 def test_the_best_weights_are_kept(sets, tmp_path):
     _, history = train(sets, tmp_path)
     state, metadata = checkpoint.load_weights(tmp_path)

@@ -1,11 +1,13 @@
 """The notebooks as committed, and as they run."""
 
 import json
+import sys
 from pathlib import Path
 
 import execute
 import nbformat
 import pytest
+import run_all
 
 from unetseg.stages import Settings
 
@@ -51,18 +53,24 @@ def test_the_first_cell_is_the_same_in_all_three():
     assert len(set(cells)) == 1
 
 
-def test_the_notebooks_run_from_top_to_bottom(processed, tmp_path):
+def test_the_main_job_from_raw_scenes_to_the_report(raw, tmp_path, monkeypatch, capfd):
+    """What `make run DATA=... QUICK=1` does, at a tiny size: preprocessing, the three notebooks, report, summary."""
+    monkeypatch.setattr(run_all, "QUICK_SIZE", {"cityscapes": "64x32"})
+    monkeypatch.setattr(run_all, "QUICK_CHANNELS", 4)
+    monkeypatch.setattr(run_all, "QUICK_IMAGES", dict.fromkeys(execute.NOTEBOOKS, 1))
+    monkeypatch.setattr(sys, "argv", ["run_all.py", "--data", str(raw), "--out", str(tmp_path), "--quick"])
+    assert run_all.main() == 0
+    home = tmp_path / f"{raw.name}-quick"
     for stage, name in execute.NOTEBOOKS.items():
-        settings = {"data": str(processed), "out": str(tmp_path / stage), "epochs": 1, "precision": "fp32"}
-        settings |= {"channels": 4, "depth": 2} if stage == "scratch" else {"init": str(tmp_path / "scratch")}
-        execute.execute(ROOT / "notebooks" / name, tmp_path / name, settings)
-        done = nbformat.read(tmp_path / name, as_version=4)
+        done = nbformat.read(home / "notebooks" / name, as_version=4)
         assert not [o for cell in code_cells(done) for o in cell.outputs if o.output_type == "error"]
-        config = json.loads((tmp_path / stage / "config.json").read_text())
-        assert config["settings"]["epochs"] == 1 and config["stage"] == stage
-        assert (tmp_path / stage / "results_test.json").is_file()
-        assert "mIoU" in next(cell.source for cell in done.cells if "**Answer.**" in cell.source)
-    assert {path.name for path in (tmp_path / "pictures").iterdir()} >= {"samples.jpg", "predictions.jpg", "stages.png"}
+        assert "**Answer.** mIoU" in done.cells[0].source
+        config = json.loads((home / stage / "config.json").read_text())
+        assert (config["settings"]["epochs"], config["stage"], config["width"]) == (2, stage, 64)
+    assert {path.name for path in (home / "pictures").iterdir()} >= {"samples.jpg", "predictions.jpg", "stages.png"}
+    assert (home / "UNet_Model_Training_Report.pdf").read_bytes().startswith(b"%PDF")
+    said = capfd.readouterr().out
+    assert all(word in said for word in ("ce_dice", "mIoU", "W&B run folder", "executed notebooks", "report  "))
 
 
 def test_settings_are_changed_in_the_cell_that_shows_them(committed):

@@ -15,6 +15,7 @@ from PIL import Image
 from torchvision.datasets import Cityscapes
 
 from unetseg.classes import CLASS_SETS
+from unetseg.data import load_split
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "preprocessing" / "image_segmentation_preprocessing.py"
@@ -221,6 +222,29 @@ def damage_jpeg(images, labels):
     return images[0], "whole PNG"
 
 
+def damage_transparency(images, labels):
+    Image.fromarray(np.zeros((128, 256, 3), np.uint8)).save(images[0], transparency=(0, 0, 0))
+    return images[0], "found mode RGB with transparency"
+
+
+def damage_16_bit(images, labels):
+    cv2.imwrite(str(images[0]), np.zeros((128, 256, 3), np.uint16))
+    return images[0], "8-bit RGB .*found mode 16-bit RGB"
+
+
+def damage_4_bit_labels(images, labels):
+    content = bytearray(labels[0].read_bytes())
+    content[24] = 4
+    labels[0].write_bytes(content)
+    return labels[0], "4-bit|whole PNG"
+
+
+def damage_label_upper_case_orphan(images, labels):
+    images[0].unlink()
+    labels[0].rename(labels[0].with_suffix(".PNG"))
+    return labels[0].with_suffix(".PNG"), "expected an image of the same name"
+
+
 DAMAGES = [value for name, value in sorted(globals().items()) if name.startswith("damage_")]
 
 
@@ -235,6 +259,40 @@ def test_a_bad_file_is_named_and_the_rest_is_done(damage, raw, tmp_path, capsys)
     assert re.search(message, said), said
     assert str(culprit) in said and "Traceback" not in said
     assert stats(tmp_path / "out")["num_images"] == 5 and stats(tmp_path / "out", "val")["num_images"] == 4
+
+
+def test_an_image_is_refused_wherever_it_is_cut(raw, tmp_path):
+    content = files_of(raw)[0][0].read_bytes()
+    for length in [*range(60), *range(60, len(content), len(content) // 40)]:
+        (tmp_path / "cut.png").write_bytes(content[:length])
+        with pytest.raises(preprocessing.BadFile, match=r"cut.png: expected a whole PNG"):
+            preprocessing.read_png(tmp_path / "cut.png", "RGB")
+
+
+def test_what_became_unusable_leaves_the_processed_folder(raw, tmp_path):
+    shutil.copytree(raw, tmp_path / "raw")
+    assert run(tmp_path / "raw", tmp_path / "out", "--size", "32") == 0
+    damage_truncated(*files_of(tmp_path / "raw"))
+    assert run(tmp_path / "raw", tmp_path / "out", "--size", "32") == 1
+    assert len(load_split(tmp_path / "out", "train")) == 5
+
+
+def test_an_empty_file_in_the_output_is_made_anew(raw, tmp_path):
+    assert run(raw, tmp_path, "--size", "32") == 0
+    for path in (next(tmp_path.glob("images_processed/train/*")), next(tmp_path.glob("masks_processed/val/*"))):
+        path.write_bytes(b"")
+    assert run(raw, tmp_path, "--size", "32") == 0
+    assert len(load_split(tmp_path, "train")) == 6
+
+
+def test_a_split_without_labels_is_named_image_by_image_and_the_others_are_done(raw, tmp_path, capsys):
+    shutil.copytree(raw, tmp_path / "raw")
+    shutil.rmtree(tmp_path / "raw" / "gtFine" / "val")
+    (tmp_path / "raw" / "gtFine" / "test").mkdir()
+    assert run(tmp_path / "raw", tmp_path / "out", "--size", "32", "--splits", "test", "val", "train") == 1
+    said = capsys.readouterr().err
+    assert "in the split test, found none" in said and said.count("expected its label file") == 4
+    assert stats(tmp_path / "out")["num_images"] == 6
 
 
 def test_a_fixed_file_is_taken_in_by_the_next_run(raw, tmp_path):
@@ -264,7 +322,10 @@ def test_wrong_roots_and_options_say_what_was_expected(options, message, raw, tm
     assert re.search(message, said), said
 
 
-@pytest.mark.parametrize("options", [["--size", "0"], ["--size", "axb"], ["--workers", "0"], ["--dtype", "int8"], []])
+@pytest.mark.parametrize(
+    "options",
+    [["--size", "0"], ["--size", "axb"], ["--workers", "0"], ["--sample_size", "-1"], ["--dtype", "int8"], []],
+)
 def test_usage_errors_exit_with_2(options, raw, tmp_path):
     command = ["--data_dir", str(raw), *(["--output_dir", str(tmp_path)] if options else []), *options]
     with pytest.raises(SystemExit) as stop:

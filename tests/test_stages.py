@@ -2,14 +2,16 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from unetseg import stages
 from unetseg.__main__ import main
-from unetseg.checkpoint import load_weights
+from unetseg.checkpoint import load_state, load_weights
 
 TINY = ["--channels", "4", "--depth", "2", "--epochs", "2", "--batch-size", "4", "--precision", "fp32"]
 
@@ -71,18 +73,64 @@ def test_a_run_folder_of_other_settings_is_refused(home, processed, capsys):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["weighted_ce"], "give the run or weights it starts from"),
+    (["weighted_ce", "--init", "SCRATCH", "--dice-share", "2"], "expected a share in [0, 1], found 2.0"),
     (["ce_dice", "--init", "nowhere"], "expected trained weights, found nothing"),
     (["scratch", "--void", "background", "--data", "nowhere"], "run preprocessing"),
     (["ce_dice", "--init", "SCRATCH", "--channels", "8"], "expected channels 8, found 4"),
+    (["scratch", "--epochs", "0"], "epochs: expected more than 0, found 0"),
+    (["weighted_ce"], "give the run or weights it starts from"),
     (["ce_dice", "--init", "SCRATCH", "--aim-at", "dragon"], "found dragon"),
 ])  # fmt: skip
 def test_wrong_settings_say_what_was_expected(options, message, home, processed, tmp_path, capsys):
     options = [str(home / "scratch") if option == "SCRATCH" else option for option in options]
     stage, *rest = options
-    assert command("train", stage, "--data", processed, "--out", tmp_path / "run", *rest) == 1
+    assert command("train", stage, "--data", processed, "--out", tmp_path / "run", *rest) in (1, 2)
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
+
+
+def test_usage_errors_exit_with_2(processed, tmp_path):
+    assert command("train", "weighted_ce", "--data", processed, "--out", tmp_path) == 2
+
+
+def test_an_interrupted_fine_tuning_ends_as_the_uninterrupted_one(home, processed, tmp_path, monkeypatch):
+    def stop(self, record):
+        raise KeyboardInterrupt
+
+    options = [
+        "--data",
+        processed,
+        "--init",
+        home / "scratch",
+        "--epochs",
+        "3",
+        "--precision",
+        "fp32",
+        "--occlusion",
+        "1",
+    ]
+    assert command("train", "ce_dice", *options, "--out", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.Tracker, "epoch", stop)
+        assert command("train", "ce_dice", *options, "--out", tmp_path / "parts") == 130
+        assert command("train", "ce_dice", *options, "--out", tmp_path / "parts") == 130
+    assert command("train", "ce_dice", *options, "--out", tmp_path / "parts") == 0
+    whole, parts = (load_state(tmp_path / name / "state.pt")["trainer"]["model"] for name in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_a_run_on_other_data_or_weights_is_refused(home, processed, tmp_path, capsys):
+    shutil.copytree(home, tmp_path / "home")
+    shutil.copytree(processed, tmp_path / "data")
+    same = ["--data", tmp_path / "data", "--init", tmp_path / "home" / "scratch"]
+    tune = ["train", "ce_dice", *same, "--out", tmp_path / "home" / "ce_dice", "--epochs", "2", "--precision", "fp32"]
+    assert command(*tune) == 0  # the same data and weights in another place
+    shutil.copy(home / "weighted_ce" / "model.safetensors", tmp_path / "home" / "scratch")
+    stats = tmp_path / "data" / "stats_train.json"
+    stats.write_text(stats.read_text() + " ")
+    assert command(*tune) == 1
+    said = capsys.readouterr().err
+    assert "init_sha256: " in said and "data_sha256: " in said
 
 
 def test_a_fine_tuning_inherits_width_depth_and_void_rule(home, processed, tmp_path):

@@ -30,6 +30,19 @@ def test_an_explicit_mode_is_obeyed(no_account, monkeypatch):
     assert choose_mode() == "disabled"
 
 
+def test_online_without_a_key_is_offline_instead_of_a_prompt(no_account, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert choose_mode() == "offline"
+
+
+def test_nonsense_in_the_environment_does_not_stop_training(no_account, monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "bogus")
+    with pytest.warns(UserWarning, match="start failed"):
+        tracker = Tracker("test", tmp_path / "run", {"stage": "scratch"})
+    tracker.epoch(RECORD)
+    tracker.finish()
+
+
 def test_a_key_but_no_server_is_offline_with_one_warning(no_account, monkeypatch):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

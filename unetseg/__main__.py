@@ -1,15 +1,19 @@
 """python -m unetseg scenes | train | evaluate | predict"""
 
 import argparse
+import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Read "1024x512" (width x height), or "256" for a square."""
+    """Read "1024x512" (width x height), or "256" for a square; at least 64 pixels each."""
     width, _, height = text.partition("x")
-    return int(width), int(height or width)
+    size = int(width), int(height or width)
+    if min(size) < 64:
+        raise ValueError(text)
+    return size
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -78,7 +82,11 @@ def train(args: argparse.Namespace) -> int:
     from .data import class_weights, weights_table
 
     given = {f.name: getattr(args, f.name) for f in fields(stages.Settings) if getattr(args, f.name) is not None}
-    settings = stages.resolve(stages.Settings(**given))
+    try:
+        settings = stages.resolve(stages.Settings(**given))
+    except stages.SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     train_set, val_set = stages.load_sets(settings)
     print(f"train: {train_set.split.note}; val: {val_set.split.note}")
     if stages.STAGES[settings.stage].weighted:
@@ -122,4 +130,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

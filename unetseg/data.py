@@ -129,7 +129,8 @@ def find_split(processed: Path, name: str) -> Split:
     Cityscapes' val is halved into test and val as scikit-learn's train_test_split(indices, test_size=0.5,
     random_state=42) does (first half returned = test). Without a val folder, a seeded fifth of train is held out.
     """
-    layout = _stats(processed, "train")["layout"]
+    folders = [f for f in ("train", "val", "test") if (processed / f"stats_{f}.json").is_file()]
+    layout = _stats(processed, folders[0] if folders else "train")["layout"]
     has_val = (processed / "images_processed" / "val").is_dir()
     if name in ("train", "val") and not has_val:
         stems = _stems(processed, "train")

@@ -47,7 +47,7 @@ class Trainer:
         self.model, self.precision = model.to(memory_format=torch.channels_last), precision
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, max_lr=lr, total_steps=max(num_steps, 2), pct_start=0.2, cycle_momentum=False
+            self.optimizer, max_lr=lr, total_steps=max(num_steps, 6), pct_start=0.2, cycle_momentum=False
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
@@ -113,7 +113,7 @@ def evaluate(
     precision: str = "fp32",
     void: str = "ignore",
 ) -> Evaluation:
-    """Score a model on batches whose masks mark void as IGNORE_INDEX; nothing depends on the batch size.
+    """Score a model on batches whose masks mark void as IGNORE_INDEX; the counts do not depend on the batch size.
 
     void  the rule for the loss; the confusion matrix serves both
     """
@@ -191,6 +191,7 @@ def resume(trainer: Trainer, run: Path) -> list[dict]:
     if saved is None:
         return []
     trainer.load(saved["trainer"])
+    checkpoint.write_history(run, saved["history"])  # the last row may be missing
     return saved["history"]
 
 

@@ -26,7 +26,7 @@ def atomic_open(path: Path) -> Iterator[IO[bytes]]:
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_open(path) as file:
-        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+        file.write((json.dumps(value, indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> dict:

@@ -5,8 +5,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from PIL import Image, ImageOps
+from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -34,10 +34,14 @@ def evaluate_run(run: Path, processed: Path, split: str | None = None) -> dict:
 
     Returns what it writes to results_<split>.json: scores, confusion matrix, and the context they hold in.
     """
+    if not (run / checkpoint.CONFIG).is_file():
+        raise ValueError(f"{run}: expected a run folder with {checkpoint.CONFIG}, found none")
     model, metadata = best_model(run)
     dataset = load_split(processed, split or scored_split(processed))
-    if dataset.class_set.name != metadata["class_set"]:
-        raise ValueError(f"{processed}: expected class set {metadata['class_set']}, found {dataset.class_set.name}")
+    found = {"class_set": dataset.class_set.name, "width": str(dataset.size[0]), "height": str(dataset.size[1])}
+    if found.items() - metadata.items():
+        expected = {key: metadata[key] for key in found}
+        raise ValueError(f"{processed}: expected the data that {run} was trained on, {expected}; found {found}")
     names, where = dataset.class_set.names, next(model.parameters()).device
     progress = tqdm(Batches(dataset, 8, where).epoch(), desc=f"scoring {run.name}", unit="batch", leave=False, delay=1)
     result = engine.evaluate(model, progress, len(names), losses.cross_entropy)
@@ -67,7 +71,7 @@ def results_table(results: dict) -> str:
     lines = [f"{results['run']}: {results['split_note']} ({results['split']}), {'x'.join(map(str, results['size']))}"]
     for rule, score in results["rules"].items():
         mark = " (trained under this rule)" if rule == results["trained_void"] else ""
-        lines.append(f"void={rule}{mark}: mIoU {score['miou']:.4f}, pixel accuracy {score['accuracy']:.4f}")
+        lines.append(f"void={rule}{mark}: mIoU {score['miou'] or 0:.4f}, pixel accuracy {score['accuracy']:.4f}")
         lines.append(f"  {'class':<16}{'IoU':>8}{'precision':>11}{'recall':>8}{'F1':>8}")
         for name, values in score["classes"].items():
             if values["iou"] is None:
@@ -125,14 +129,12 @@ def predict(model: nn.Module, image: np.ndarray, size: tuple[int, int]) -> np.nd
     size  width and height that the model was trained at: the image is brought there by area averaging, and the logits,
           not the classes, are brought back.
     """
-    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    shrinks = image.shape[1] >= size[0] and image.shape[0] >= size[1]
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     where = next(model.parameters()).device
     logits = model(torch.from_numpy(small).to(where).permute(2, 0, 1)[None] / 255)
-    return _upsample(logits, image.shape[:2]).argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
-
-
-def _upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
+    logits = F.interpolate(logits, image.shape[:2], mode="bilinear", align_corners=False)
+    return logits.argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
 
 
 def predict_files(run_or_weights: Path, inputs: list[Path], out: Path) -> list[str]:
@@ -143,10 +145,11 @@ def predict_files(run_or_weights: Path, inputs: list[Path], out: Path) -> list[s
     model, metadata = best_model(run_or_weights)
     class_set, size = CLASS_SETS[metadata["class_set"]], (int(metadata["width"]), int(metadata["height"]))
     paths, problems = _find_images(inputs)
+    paths = [path for path in paths if not path.resolve().is_relative_to(out.resolve())]  # our own earlier output
     for path in tqdm(paths, unit="img", delay=1):
         try:
             with Image.open(path) as file:
-                image = np.array(file.convert("RGB"))
+                image = np.array(ImageOps.exif_transpose(file).convert("RGB"))
             _write(out, path.stem, image, predict(model, image, size), class_set)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             problems.append(f"{path}: expected a readable image, found {error}")

@@ -326,7 +326,7 @@ def draw_dataset(out: Path, num_scenes: dict[str, int], size: tuple[int, int] = 
             stem = f"drawn_{seed:06d}_{place:06d}"
             image_path = out / "leftImg8bit" / split / "drawn" / f"{stem}_leftImg8bit.png"
             labels_path = out / "gtFine" / split / "drawn" / f"{stem}_gtFine_labelIds.png"
-            if not (image_path.is_file() and labels_path.is_file()):
+            if not (image_path.is_file() and labels_path.is_file() and Image.open(labels_path).size == size):
                 jobs.append((size, (seed, number, place), image_path, labels_path))
     if jobs:
         with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:

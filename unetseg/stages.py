@@ -77,30 +77,34 @@ class Settings:
     project: str = "unetseg"  # the W&B project
 
 
+class SettingsError(ValueError):
+    """A setting that cannot be, or that another one rules out."""
+
+
 def resolve(settings: Settings) -> Settings:
-    """Fill in every None. Raises ValueError for settings that cannot be."""
+    """Fill in every None. Raises SettingsError for settings that cannot be."""
     if settings.stage not in STAGES:
-        raise ValueError(f"stage {settings.stage!r}: expected one of {', '.join(STAGES)}")
+        raise SettingsError(f"stage {settings.stage!r}: expected one of {', '.join(STAGES)}")
     stage, known = STAGES[settings.stage], {"channels": 32, "depth": 4, "void": "ignore"}
     if settings.stage != "scratch" and settings.init is None:
-        raise ValueError(f"{settings.stage} is a fine-tuning: give the run or weights it starts from (--init RUN)")
+        raise SettingsError(f"{settings.stage} is a fine-tuning: give the run or weights it starts from (--init RUN)")
     if settings.init is not None:
         metadata = checkpoint.load_weights(Path(settings.init))[1]
         known = {"channels": int(metadata["channels"]), "depth": int(metadata["depth"]), "void": metadata["void"]}
         for name in ("channels", "depth"):
             if getattr(settings, name) not in (None, known[name]):
-                raise ValueError(f"{settings.init}: expected {name} {getattr(settings, name)}, found {known[name]}")
+                raise SettingsError(f"{settings.init}: expected {name} {getattr(settings, name)}, found {known[name]}")
     known |= {"epochs": stage.epochs, "lr": stage.lr}
     settings = replace(settings, **{key: value for key, value in known.items() if getattr(settings, key) is None})
     for name in ("epochs", "batch_size", "lr", "channels", "depth"):
         if getattr(settings, name) <= 0:
-            raise ValueError(f"{name}: expected more than 0, found {getattr(settings, name)}")
+            raise SettingsError(f"{name}: expected more than 0, found {getattr(settings, name)}")
     for name in ("dice_share", "occlusion", "aimed"):
         if not 0 <= getattr(settings, name) <= 1:
-            raise ValueError(f"{name}: expected a share in [0, 1], found {getattr(settings, name)}")
+            raise SettingsError(f"{name}: expected a share in [0, 1], found {getattr(settings, name)}")
     for name, choices in CHOICES.items():
         if getattr(settings, name) not in choices:
-            raise ValueError(f"{name}: expected one of {', '.join(choices)}; found {getattr(settings, name)!r}")
+            raise SettingsError(f"{name}: expected one of {', '.join(choices)}; found {getattr(settings, name)!r}")
     return settings
 
 
@@ -163,12 +167,13 @@ def train(settings: Settings, train_set: SegmentationSet, val_set: SegmentationS
     Raises ValueError when the run folder belongs to other settings, TrainingStopped on a loss that is not finite.
     """
     run, class_set = Path(settings.out), train_set.class_set
-    saved = claim(run, settings)
+    identity = identify(settings, train_set)
+    saved = claim(run, identity)
     if saved and len(checkpoint.read_history(run)) >= settings.epochs:
         return checkpoint.read_history(run)
     model = build_model(settings, class_set.name, len(class_set))
     where = next(model.parameters()).device
-    config = saved or describe(settings, train_set, val_set, model)
+    config = saved or identity | describe(settings, train_set, val_set, model)
     write_json(run / checkpoint.CONFIG, config)
     train_batches = Batches(train_set, settings.batch_size, where, settings.seed, augmentation(settings, train_set))
     val_batches = Batches(val_set, settings.batch_size, where)
@@ -196,17 +201,37 @@ def log_best(run: Path, val_set: SegmentationSet, void: str, tracker: Tracker) -
     tracker.model(run / checkpoint.WEIGHTS, metadata)
 
 
-def claim(run: Path, settings: Settings) -> dict | None:
-    """The config of the run folder if it was begun with the same settings, None if it is new.
+def identify(settings: Settings, train_set: SegmentationSet) -> dict:
+    """What makes a run this run and no other: settings, data, and the weights it starts from, by content."""
+    stats = b"".join(path.read_bytes() for path in sorted(Path(settings.data).glob("stats_*.json")))
+    return {
+        "settings": json.loads(json.dumps(asdict(settings))),
+        "class_set": train_set.class_set.name,
+        "width": train_set.size[0],
+        "height": train_set.size[1],
+        "data_sha256": hashlib.sha256(stats).hexdigest(),
+        "init_sha256": fingerprint(settings.init) if settings.init else None,
+    }
 
-    Raises ValueError, showing the difference, when it was begun with others.
+
+def claim(run: Path, identity: dict) -> dict | None:
+    """The config of the run folder if it was begun as the same run, None if it is new.
+
+    Raises ValueError, showing the difference, when it was begun as another.
     """
     if not (run / checkpoint.CONFIG).is_file():
         return None
     config = read_json(run / checkpoint.CONFIG)
-    then, now = config.get("settings", {}), json.loads(json.dumps(asdict(settings)))
+    then, now = ({**facts, **facts.get("settings", {})} for facts in (config, identity))
+    free = (
+        "settings",
+        "data",
+        "init",
+        "out",
+        "project",
+    )  # where data and weights lie may change, what they are may not
     changed = [f"  {key}: {then.get(key)} there, {now[key]} now" for key in now if then.get(key) != now[key]]
-    changed = [line for line in changed if not line.startswith(("  out:", "  project:"))]
+    changed = [line for line in changed if line.split(":")[0].strip() not in free]
     if changed:
         raise ValueError(
             "\n".join([f"{run} was begun with other settings; choose another folder or delete it:", *changed])
@@ -215,24 +240,18 @@ def claim(run: Path, settings: Settings) -> dict | None:
 
 
 def describe(settings: Settings, train_set: SegmentationSet, val_set: SegmentationSet, model: nn.Module) -> dict:
-    """What config.json holds: the settings, the data, the machine, and the weights it starts from."""
-    where, (width, height) = next(model.parameters()).device, train_set.size
+    """What config.json holds besides the run's identity: facts about data, network and machine."""
     return {
-        "settings": asdict(settings),
         "precision": device.choose_precision(settings.precision, model, train_set.size),
         **{key: getattr(settings, key) for key in ("stage", "channels", "depth", "void", "seed")},
-        "class_set": train_set.class_set.name,
-        "width": width,
-        "height": height,
         "train_images": len(train_set),
         "val_images": len(val_set),
         "train_note": train_set.split.note,
         "val_note": val_set.split.note,
         "parameters": sum(weight.numel() for weight in model.parameters()),
-        "device": device.device_name(where),
+        "device": device.device_name(next(model.parameters()).device),
         "torch": torch.__version__,
         "commit": commit(),
-        "init_sha256": fingerprint(settings.init) if settings.init else None,
     }
 
 
@@ -242,8 +261,8 @@ def fingerprint(run_or_weights: str) -> str:
 
 
 def commit() -> str:
-    """The commit of this code, or "unknown" outside a clone."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    """The commit of this code, marked "-dirty" when it was changed since, or "unknown" outside a clone."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -14,13 +14,15 @@ import wandb
 
 from .classes import IGNORE_INDEX
 
+FAILURES = (wandb.errors.Error, OSError, ValueError)  # ValueError: settings that W&B does not accept
 TIMEOUT = "60"  # seconds that W&B may take to start, and to finish
 
 
 def choose_mode() -> str:
-    """WANDB_MODE if it is set; else "online" with a key and a server that answers, else "offline"."""
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
+    """WANDB_MODE if that is not "online"; else "online" with a key and a server that answers, and "offline" without."""
+    asked = os.environ.get("WANDB_MODE", "online")
+    if asked != "online":
+        return asked
     server = urlsplit(wandb.Settings().base_url)
     if not (os.environ.get("WANDB_API_KEY") or _key_in_netrc(server.hostname)):
         return "offline"
@@ -50,7 +52,7 @@ def mirrored(method: Callable) -> Callable:
             return
         try:
             method(self, *values)
-        except (wandb.errors.Error, OSError) as error:
+        except FAILURES as error:
             self.wandb_run = None
             warnings.warn(f"W&B: logging stopped ({error}); the run goes on", stacklevel=2)
 
@@ -66,12 +68,12 @@ class Tracker:
         run.mkdir(parents=True, exist_ok=True)
         os.environ["WANDB_DATA_DIR"] = str(run.resolve() / "wandb")  # artifacts are staged there by absolute path
         self.wandb_run = None
-        for mode in dict.fromkeys((choose_mode(), "offline")):
+        for choose in (choose_mode, lambda: "offline"):
             try:
-                self.wandb_run = self._start(mode, project, run, config)
+                self.wandb_run = self._start(choose(), project, run, config)
                 break
-            except (wandb.errors.Error, OSError) as error:
-                warnings.warn(f"W&B: {mode} start failed ({error})", stacklevel=2)
+            except FAILURES as error:
+                warnings.warn(f"W&B: start failed ({error})", stacklevel=2)
                 wandb.teardown()
 
     def _start(self, mode: str, project: str, run: Path, config: dict) -> "wandb.Run":
