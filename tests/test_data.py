@@ -93,7 +93,7 @@ def test_unusable_files_are_all_named(copy):
 
 
 def test_no_stats_and_a_wrong_folder(tmp_path):
-    with pytest.raises(ValueError, match="run preprocessing"):
+    with pytest.raises(ValueError, match="run preprocessing first"):
         load_split(tmp_path, "train")
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import image_segmentation_preprocessing as preprocessing
 import numpy as np
 import pytest
 import torch
@@ -131,6 +132,14 @@ def test_a_run_on_other_data_or_weights_is_refused(home, processed, tmp_path, ca
     assert command(*tune) == 1
     said = capsys.readouterr().err
     assert "init_sha256: " in said and "data_sha256: " in said
+
+
+def test_train_and_val_of_different_sizes_are_refused(processed, raw, tmp_path, capsys):
+    shutil.copytree(processed, tmp_path / "data")
+    options = ["--size", "32", "--splits", "train", "--log_level", "ERROR"]
+    assert preprocessing.main(["--data_dir", str(raw), "--output_dir", str(tmp_path / "data"), *options]) == 0
+    assert command("train", "scratch", "--data", tmp_path / "data", "--out", tmp_path / "run", *TINY) == 1
+    assert "expected train and val alike" in capsys.readouterr().err
 
 
 def test_a_fine_tuning_inherits_width_depth_and_void_rule(home, processed, tmp_path):

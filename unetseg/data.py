@@ -99,20 +99,16 @@ def load_split(processed: Path, name: str, void: str = "ignore") -> Segmentation
     stats = _stats(processed, split.folder)
     class_set = CLASS_SETS[stats["class_set"]]
     if void not in class_set.void_rules:
-        raise ValueError(
-            f"void rule {void!r}: {class_set.name} has no background; expected one of {class_set.void_rules}"
-        )
-    width, height = stats["size"]
+        raise ValueError(f"void rule: expected one of {class_set.void_rules} for {class_set.name}, found {void!r}")
+    (width, height), folder = stats["size"], split.folder
     images = np.empty((len(split.stems), height, width, 3), np.uint8)
     masks = np.empty((len(split.stems), height, width), np.uint8)
     problems = []
     for row, stem in enumerate(tqdm(split.stems, desc=f"reading {name}", unit="img", leave=False, delay=1)):
         try:
-            images[row] = _read_image(processed / "images_processed" / split.folder / f"{stem}.npy", (height, width, 3))
-            masks[row] = _read_mask(
-                processed / "masks_processed" / split.folder / f"{stem}.png", class_set, (height, width)
-            )
-        except (ValueError, OSError, SyntaxError) as error:
+            images[row] = _read_image(processed / "images_processed" / folder / f"{stem}.npy", images.shape[1:])
+            masks[row] = _read_mask(processed / "masks_processed" / folder / f"{stem}.png", class_set, masks.shape[1:])
+        except (ValueError, OSError) as error:
             problems.append(str(error))
     if problems:
         raise ValueError("\n".join([f"{len(problems)} unusable files; rerun preprocessing:", *problems]))
@@ -129,30 +125,34 @@ def find_split(processed: Path, name: str) -> Split:
     Cityscapes' val is halved into test and val as scikit-learn's train_test_split(indices, test_size=0.5,
     random_state=42) does (first half returned = test). Without a val folder, a seeded fifth of train is held out.
     """
-    folders = [f for f in ("train", "val", "test") if (processed / f"stats_{f}.json").is_file()]
-    layout = _stats(processed, folders[0] if folders else "train")["layout"]
-    has_val = (processed / "images_processed" / "val").is_dir()
+    known = next((f for f in ("train", "val", "test") if (processed / f"stats_{f}.json").is_file()), "train")
+    layout, has_val = _stats(processed, known)["layout"], (processed / "images_processed" / "val").is_dir()
     if name in ("train", "val") and not has_val:
-        stems = _stems(processed, "train")
-        held_out = set(np.random.RandomState(42).permutation(len(stems))[: max(1, round(len(stems) / 5))].tolist())
-        kept = [stem for place, stem in enumerate(stems) if (place in held_out) == (name == "val")]
-        if not kept:
-            raise ValueError(f"{processed}: expected at least 2 training images to hold one out, found {len(stems)}")
-        note = (
-            f"{len(kept)} of {len(stems)} train images: there is no val split, so a fifth of train is held out as val"
-        )
-        return Split(name, "train", kept, note)
+        return _hold_out(name, _stems(processed, "train"))
     if layout == "cityscapes" and has_val and name in ("val", "test"):
-        stems = _stems(processed, "val")
-        shuffled = np.random.RandomState(42).permutation(len(stems))
-        half = shuffled[: -(-len(stems) // 2)] if name == "val" else shuffled[-(-len(stems) // 2) :]
-        if len(half):
-            return Split(name, "val", [stems[place] for place in half], f"{len(half)} of the {len(stems)} val images")
+        half = _half(name, _stems(processed, "val"))
+        if half.stems:
+            return half
     folder = "val" if name == "val_all" else name
     if not (processed / "images_processed" / folder).is_dir() or (layout == "cityscapes" and name == "test"):
         raise ValueError(f"{processed}: expected a split {name!r}, found none; process it, or choose another split")
     stems = _stems(processed, folder)
     return Split(name, folder, stems, f"all {len(stems)} {folder} images")
+
+
+def _hold_out(name: str, stems: list[str]) -> Split:
+    held_out = set(np.random.RandomState(42).permutation(len(stems))[: max(1, round(len(stems) / 5))].tolist())
+    kept = [stem for place, stem in enumerate(stems) if (place in held_out) == (name == "val")]
+    if not kept:
+        raise ValueError(f"expected at least 2 training images to hold one out as val, found {len(stems)}")
+    reason = "there is no val split, so a fifth of train is held out as val"
+    return Split(name, "train", kept, f"{len(kept)} of {len(stems)} train images: {reason}")
+
+
+def _half(name: str, stems: list[str]) -> Split:
+    shuffled, num_val = np.random.RandomState(42).permutation(len(stems)), -(-len(stems) // 2)
+    half = shuffled[:num_val] if name == "val" else shuffled[num_val:]
+    return Split(name, "val", [stems[place] for place in half], f"{len(half)} of the {len(stems)} val images")
 
 
 def scored_split(processed: Path) -> str:
@@ -167,9 +167,7 @@ def scored_split(processed: Path) -> str:
 def _stats(processed: Path, folder: str) -> dict:
     path = processed / f"stats_{folder}.json"
     if not path.is_file():
-        raise ValueError(
-            f"{path}: expected what preprocessing writes, found nothing; run preprocessing into {processed}"
-        )
+        raise ValueError(f"{path}: expected what preprocessing writes, found nothing; run preprocessing first")
     stats = read_json(path)
     missing = {"layout", "class_set", "size", "files"} - stats.keys()
     if missing or stats["class_set"] not in CLASS_SETS:

@@ -163,26 +163,31 @@ def fit(
     with tqdm(desc=job.run.name, **bar) as progress:
         progress.scores = {}
         for epoch in range(len(history) + 1, job.num_epochs + 1):
-            start = time.perf_counter()
             try:
-                train_loss = train_one_epoch(trainer, train_batches.epoch(epoch), loss_fn, progress)
-                speed = size / (time.perf_counter() - start)
-                result = evaluate(
-                    trainer.model, val_batches.epoch(), len(job.names), loss_fn, trainer.precision, job.void
-                )
-                _finite(result.loss)
+                row, score = run_epoch(trainer, loss_fn, train_batches, val_batches, job, epoch, progress)
             except NotFinite as error:
                 kept = f"the best weights so far are in {job.run}" if history else "no epoch was finished"
                 raise TrainingStopped(f"{job.run.name}: {error} in epoch {epoch}; {kept}; try a lower lr") from None
-            score = scores(result.confusion, job.names, job.void)
-            row = {"epoch": epoch, "train_loss": train_loss, "val_loss": result.loss, "val_miou": score["miou"] or 0.0}
-            row |= {"lr": trainer.lr, "seconds": time.perf_counter() - start, "images_per_second": speed}
             history.append(row)
             save(trainer, job, history)
             best = max(row["val_miou"] for row in history)
             progress.scores = {"epoch": epoch, "mIoU": f"{row['val_miou']:.3f}", "best": f"{best:.3f}"}
             log(row | {"scores": score})
     return history
+
+
+def run_epoch(
+    trainer: Trainer, loss_fn: LossFn, train_batches, val_batches, job: Job, epoch: int, progress: tqdm
+) -> tuple[dict, dict]:
+    """Train on every batch once and evaluate; returns the row of history and the val scores. Raises NotFinite."""
+    start = time.perf_counter()
+    train_loss = train_one_epoch(trainer, train_batches.epoch(epoch), loss_fn, progress)
+    speed = len(train_batches.dataset) / (time.perf_counter() - start)
+    result = evaluate(trainer.model, val_batches.epoch(), len(job.names), loss_fn, trainer.precision, job.void)
+    score = scores(result.confusion, job.names, job.void)
+    row = {"epoch": epoch, "train_loss": train_loss, "val_loss": _finite(result.loss), "val_miou": score["miou"] or 0.0}
+    row |= {"lr": trainer.lr, "seconds": time.perf_counter() - start, "images_per_second": speed}
+    return row, score
 
 
 def resume(trainer: Trainer, run: Path) -> list[dict]:

@@ -15,11 +15,11 @@ class UNet(nn.Module):
     2015), weights drawn as in He et al., ICCV 2015.
     """
 
-    def __init__(self, num_classes: int, channels: int = 32, depth: int = 4, in_channels: int = 3) -> None:
+    def __init__(self, num_classes: int, channels: int = 32, depth: int = 4) -> None:
         super().__init__()
         widths = [channels * 2**level for level in range(depth + 1)]
         self.stride = 2**depth
-        self.down = nn.ModuleList(map(_double_conv, [in_channels, *widths[:-1]], widths))
+        self.down = nn.ModuleList(map(_double_conv, [3, *widths[:-1]], widths))
         self.up = nn.ModuleList(nn.ConvTranspose2d(2 * width, width, 2, stride=2) for width in reversed(widths[:-1]))
         self.merge = nn.ModuleList(_double_conv(2 * width, width) for width in reversed(widths[:-1]))
         self.head = nn.Conv2d(channels, num_classes, 1)

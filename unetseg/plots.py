@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
@@ -49,15 +50,11 @@ def class_distribution(class_set: ClassSet, shares: dict[str, np.ndarray], title
     colours = np.vstack([class_set.colours, np.zeros((1, 3))]) / 255
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     ax = figure.subplots()
-    width = 0.8 / len(shares)
-    for group, (label, share) in enumerate(shares.items()):
-        places = np.arange(len(names)) + (group - (len(shares) - 1) / 2) * width
-        bars = ax.bar(places, 100 * share, width, color=colours, alpha=1 if group == 0 else 0.5, label=label)
-        ax.bar_label(bars, fmt="%.1f", fontsize=7, padding=1)
-    ax.set_xticks(range(len(names)), names, rotation=30 if len(names) > 9 else 0)
+    fades = [{"color": colours, "alpha": 1 if group == 0 else 0.5} for group in range(len(shares))]
+    _grouped_bars(ax, names, [100 * share for share in shares.values()], fades, "{:.1f}")
     ax.set(ylabel="share of pixels, %", title=title)
     ax.margins(y=0.12)
-    handles = [Patch(color="0.3", alpha=1 if group == 0 else 0.5, label=label) for group, label in enumerate(shares)]
+    handles = [Patch(label=label, **fade | {"color": "0.3"}) for label, fade in zip(shares, fades)]
     ax.legend(handles=handles, frameon=False)
     return _clean(figure)
 
@@ -115,18 +112,24 @@ def iou_by_stage(scores: dict[str, dict[str, float | None]]) -> Figure:
     scores  run name -> {class name or "mIoU": value in [0, 1], None where the split lacks the class}
     """
     names = list(next(iter(scores.values())))
+    values = [[np.nan if score[name] is None else score[name] for name in names] for score in scores.values()]
+    styles = [{"color": STAGE_COLOURS[n % len(STAGE_COLOURS)], "label": run} for n, run in enumerate(scores)]
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     ax = figure.subplots()
-    width = 0.8 / len(scores)
-    for number, (run, score) in enumerate(scores.items()):
-        places = np.arange(len(names)) + (number - (len(scores) - 1) / 2) * width
-        values = [np.nan if score[name] is None else score[name] for name in names]
-        bars = ax.bar(places, values, width, color=STAGE_COLOURS[number % len(STAGE_COLOURS)], label=run)
-        ax.bar_label(bars, [f"{v:.2f}".lstrip("0") if v == v else "–" for v in values], fontsize=7, padding=1)
-    ax.set_xticks(range(len(names)), names, rotation=30 if len(names) > 9 else 0)
+    _grouped_bars(ax, names, values, styles, "{:.2f}")
     ax.set(ylabel="IoU", ylim=(0, 1.05))
     figure.legend(loc="outside upper center", ncols=len(scores), frameon=False)
     return _clean(figure)
+
+
+def _grouped_bars(ax: Axes, names: list[str], groups: list, styles: list[dict], number: str) -> None:
+    """Bars side by side for each name, each with its value above; NaN is a dash."""
+    width = 0.8 / len(groups)
+    for group, (values, style) in enumerate(zip(groups, styles, strict=True)):
+        places = np.arange(len(names)) + (group - (len(groups) - 1) / 2) * width
+        bars = ax.bar(places, values, width, **style)
+        ax.bar_label(bars, [number.format(v) if v == v else "–" for v in values], fontsize=7, padding=1)
+    ax.set_xticks(range(len(names)), names, rotation=30 if len(names) > 9 else 0)
 
 
 def save(figure: Figure, path: Path) -> Path:

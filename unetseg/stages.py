@@ -109,8 +109,17 @@ def resolve(settings: Settings) -> Settings:
 
 
 def load_sets(settings: Settings) -> tuple[SegmentationSet, SegmentationSet]:
-    """The training set under the run's void rule, and the val set with void marked; settings must be resolved."""
-    return load_split(Path(settings.data), "train", settings.void), load_split(Path(settings.data), "val")
+    """The training set under the run's void rule, and the val set with void marked; settings must be resolved.
+
+    Raises ValueError when the two were processed with different settings.
+    """
+    train_set, val_set = load_split(Path(settings.data), "train", settings.void), load_split(Path(settings.data), "val")
+    kinds = [(dataset.class_set.name, dataset.size) for dataset in (train_set, val_set)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"{settings.data}: expected train and val alike, found {kinds[0]}, {kinds[1]}; process both anew"
+        )
+    return train_set, val_set
 
 
 def build_model(settings: Settings, class_set_name: str, num_classes: int) -> nn.Module:
