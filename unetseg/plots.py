@@ -37,7 +37,8 @@ def panels(rows: list[list[np.ndarray]], titles: list[str], class_set: ClassSet,
             axes[0].set_ylabel(row_names[number])
     handles = [Patch(color=colour / 255, label=name) for name, colour in zip(class_set.names, class_set.colours)]
     handles.append(Patch(color="black", label="void"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), frameon=False)
+    small = {"fontsize": 8, "columnspacing": 1.2, "handlelength": 1.2, "handletextpad": 0.4, "frameon": False}
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), **small)
     return figure
 
 
