@@ -1,5 +1,6 @@
 """Run a notebook from top to bottom with other settings, and keep what it showed but not its progress bars."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -36,7 +37,8 @@ def change_settings(notebook: nbformat.NotebookNode, settings: dict) -> None:
         line = re.compile(rf"^(    {name}=).*?(,(?:  #.*)?)$", re.MULTILINE)
         if not line.search(cell.source):
             raise ValueError(f"expected a setting {name} in the parameters cell, found none")
-        cell.source = line.sub(lambda match: f"{match[1]}{value!r}{match[2]}", cell.source)  # noqa: B023
+        shown = json.dumps(value) if isinstance(value, str) else repr(value)
+        cell.source = line.sub(lambda match: f"{match[1]}{shown}{match[2]}", cell.source)  # noqa: B023
 
 
 def fill_answer(notebook: nbformat.NotebookNode, run: Path) -> None:

@@ -76,7 +76,7 @@ def test_the_main_job_from_raw_scenes_to_the_report(raw, tmp_path, monkeypatch, 
 def test_settings_are_changed_in_the_cell_that_shows_them(committed):
     execute.change_settings(committed, {"epochs": 7, "out": "else where"})
     source = next(cell.source for cell in committed.cells if "parameters" in cell.metadata.get("tags", []))
-    assert "    epochs=7,  # passes" in source and "    out='else where',  # the run folder" in source
+    assert "    epochs=7,  # passes" in source and '    out="else where",  # the run folder' in source
     with pytest.raises(ValueError, match="expected a setting nosuch"):
         execute.change_settings(committed, {"nosuch": 1})
 
