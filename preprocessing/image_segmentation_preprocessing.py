@@ -19,7 +19,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from io import BytesIO
-from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # what OpenCV would say of a broken file, we say with its name
@@ -32,6 +31,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from unetseg.classes import CLASS_SETS, IGNORE_INDEX, ClassSet
 from unetseg.files import atomic_open, write_json
+from unetseg.pool import worker_pool
 
 log = logging.getLogger("preprocessing")
 DEFAULT_CLASSES = {"cityscapes": "cityscapes7", "camvid": "camvid7"}
@@ -417,11 +417,7 @@ def run(args: argparse.Namespace) -> int:
         raise BadFile(f"{args.data_dir}: expected a class set for {layout}, found --classes {settings.class_set}")
     splits = choose_splits(args.data_dir, layout, args.splits)
     left_out = 0
-    quiet = {
-        "initializer": signal.signal,
-        "initargs": (signal.SIGINT, signal.SIG_IGN),
-    }  # Ctrl-C is for the main process
-    with ProcessPoolExecutor(args.workers, get_context("spawn"), **quiet) as pool:
+    with worker_pool(args.workers) as pool:
         for split in splits:
             pairs, records = list_pairs(args.data_dir, layout, split)
             if not pairs and not records:

@@ -4,9 +4,7 @@ A pinhole camera 1.4 m above the road looks along it. Points are metres: x to th
 is painted later, so occlusion comes by itself. The labels are Cityscapes' label ids; same seed, same bytes.
 """
 
-from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
-from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
@@ -15,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .files import atomic_open
+from .pool import worker_pool
 
 EGO, BORDER, ROAD, SIDEWALK, BUILDING, WALL, FENCE = 1, 2, 7, 8, 11, 12, 13
 POLE, LIGHT, SIGN, TREE, GRASS, SKY, PERSON, RIDER = 17, 19, 20, 21, 22, 23, 24, 25
@@ -329,7 +328,7 @@ def draw_dataset(out: Path, num_scenes: dict[str, int], size: tuple[int, int] = 
             if not (image_path.is_file() and labels_path.is_file() and Image.open(labels_path).size == size):
                 jobs.append((size, (seed, number, place), image_path, labels_path))
     if jobs:
-        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        with worker_pool() as pool:
             list(tqdm(pool.map(_draw_files, jobs), total=len(jobs), desc="drawing", unit="img"))
     return len(jobs)
 
