@@ -50,7 +50,8 @@ def evaluate_run(run: Path, processed: Path, split: str | None = None) -> dict:
         "run": run.name,
         "stage": metadata["stage"],
         "split": dataset.split.name,
-        "split_note": dataset.split.note,
+        "split_note": dataset.split.note
+        + ("" if split or dataset.split.name == "test" else "; there is no test split"),
         "num_images": len(dataset),
         "size": list(dataset.size),
         "class_set": dataset.class_set.name,
@@ -69,6 +70,8 @@ def evaluate_run(run: Path, processed: Path, split: str | None = None) -> dict:
 def results_table(results: dict) -> str:
     """The scores of `evaluate_run` as text, under every rule, the trained one marked."""
     lines = [f"{results['run']}: {results['split_note']} ({results['split']}), {'x'.join(map(str, results['size']))}"]
+    if results["split"].startswith("val"):
+        lines.append("the best epoch was chosen on val, so these scores flatter")
     for rule, score in results["rules"].items():
         mark = " (trained under this rule)" if rule == results["trained_void"] else ""
         lines.append(f"void={rule}{mark}: mIoU {score['miou'] or 0:.4f}, pixel accuracy {score['accuracy']:.4f}")
