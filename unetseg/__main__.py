@@ -80,16 +80,17 @@ def scenes(args: argparse.Namespace) -> int:
 def train(args: argparse.Namespace) -> int:
     from . import stages
     from .data import class_weights, weights_table
+    from .settings import STAGES, Settings, SettingsError, resolve
 
-    given = {f.name: getattr(args, f.name) for f in fields(stages.Settings) if getattr(args, f.name) is not None}
+    given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name) is not None}
     try:
-        settings = stages.resolve(stages.Settings(**given))
-    except stages.SettingsError as error:
+        settings = resolve(Settings(**given))
+    except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     train_set, val_set = stages.load_sets(settings)
     print(f"train: {train_set.split.note}; val: {val_set.split.note}")
-    if stages.STAGES[settings.stage].weighted:
+    if STAGES[settings.stage].weighted:
         print(weights_table(train_set, class_weights(train_set.num_pixels, settings.weighting)))
     history = stages.train(settings, train_set, val_set)
     best = max(history, key=lambda row: row["val_miou"])

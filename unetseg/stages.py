@@ -4,7 +4,7 @@ import hashlib
 import json
 import subprocess
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -13,106 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from . import augment, checkpoint, device, engine, losses
-from .classes import VOID_RULES
-from .data import WEIGHTINGS, Batches, SegmentationSet, class_weights, instance_boxes, load_split
+from .data import Batches, SegmentationSet, class_weights, instance_boxes, load_split
 from .files import read_json, write_json
 from .inference import best_model, predictions
 from .metrics import under_rule
 from .model import UNet
+from .settings import STAGES, Settings, resolve
 from .tracking import Tracker
 
 
-@dataclass(frozen=True)
-class Stage:
-    """What sets a stage apart from the others."""
-
-    title: str
-    epochs: int  # the full schedule
-    lr: float  # the peak of the one-cycle schedule
-    weighted: bool  # class-weighted cross-entropy
-    dice: bool
-    occlusion: bool
-
-
-STAGES = {
-    #                   title              epochs  peak lr  weighted  Dice   occlusion
-    "scratch": Stage("from scratch, CE", 100, 3e-3, False, False, False),
-    "weighted_ce": Stage("weighted CE + occlusion", 30, 1e-3, True, False, True),
-    "ce_dice": Stage("CE + Dice + occlusion", 30, 1e-3, True, True, True),
-}
-
-
-CHOICES = {
-    "stage": tuple(STAGES),
-    "void": VOID_RULES,
-    "precision": ("auto", *device.DTYPES),
-    "weighting": WEIGHTINGS,
-    "occluded": ("keep", "void"),
-}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Every knob of a run. None means: the stage's own value, or that of the weights it starts from."""
-
-    stage: str  # "scratch", "weighted_ce" or "ce_dice"
-    data: str  # the processed folder
-    out: str  # the run folder
-    init: str | None = None  # run folder or weights to start from; the two fine-tunings need it
-    epochs: int | None = None  # passes over the training images
-    batch_size: int = 8  # images per step
-    lr: float | None = None  # peak learning rate
-    weight_decay: float = 0.01
-    channels: int | None = None  # width of the first level (32)
-    depth: int | None = None  # number of downsamplings (4)
-    seed: int = 0
-    void: str | None = None  # "ignore" (default) or "background"
-    precision: str = "auto"  # "fp32", "fp16", "bf16", or measured
-    weighting: str = "sqrt"  # class weights from frequencies: "sqrt", "inverse", "median", "enet", "none"
-    dice_share: float = 0.5  # of the loss in ce_dice; the rest is cross-entropy
-    occlusion: float = 0.5  # share of the images that get an occluder
-    aimed: float = 0.5  # share of the occluders that are placed on an instance
-    aim_at: tuple[str, ...] | None = None  # the classes of those instances (people)
-    occluded: str = "keep"  # covered pixels "keep" their class or become "void"
-    project: str = "unetseg"  # the W&B project
-
-
-class SettingsError(ValueError):
-    """A setting that cannot be, or that another one rules out."""
-
-
-def resolve(settings: Settings) -> Settings:
-    """Fill in every None. Raises SettingsError for settings that cannot be."""
-    if settings.stage not in STAGES:
-        raise SettingsError(f"stage {settings.stage!r}: expected one of {', '.join(STAGES)}")
-    stage, known = STAGES[settings.stage], {"channels": 32, "depth": 4, "void": "ignore"}
-    if settings.stage != "scratch" and settings.init is None:
-        raise SettingsError(f"{settings.stage} is a fine-tuning: give the run or weights it starts from (--init RUN)")
-    if settings.init is not None:
-        metadata = checkpoint.load_weights(Path(settings.init))[1]
-        known = {"channels": int(metadata["channels"]), "depth": int(metadata["depth"]), "void": metadata["void"]}
-        for name in ("channels", "depth"):
-            if getattr(settings, name) not in (None, known[name]):
-                raise SettingsError(f"{settings.init}: expected {name} {getattr(settings, name)}, found {known[name]}")
-    known |= {"epochs": stage.epochs, "lr": stage.lr}
-    settings = replace(settings, **{key: value for key, value in known.items() if getattr(settings, key) is None})
-    for name in ("epochs", "batch_size", "lr", "channels", "depth"):
-        if getattr(settings, name) <= 0:
-            raise SettingsError(f"{name}: expected more than 0, found {getattr(settings, name)}")
-    for name in ("dice_share", "occlusion", "aimed"):
-        if not 0 <= getattr(settings, name) <= 1:
-            raise SettingsError(f"{name}: expected a share in [0, 1], found {getattr(settings, name)}")
-    for name, choices in CHOICES.items():
-        if getattr(settings, name) not in choices:
-            raise SettingsError(f"{name}: expected one of {', '.join(choices)}; found {getattr(settings, name)!r}")
-    return settings
-
-
 def load_sets(settings: Settings) -> tuple[SegmentationSet, SegmentationSet]:
-    """The training set under the run's void rule, and the val set with void marked; settings must be resolved.
+    """The training set under the run's void rule, and the val set with void marked.
 
     Raises ValueError when the two were processed with different settings.
     """
+    settings = resolve(settings)
     train_set, val_set = load_split(Path(settings.data), "train", settings.void), load_split(Path(settings.data), "val")
     kinds = [(dataset.class_set.name, dataset.size) for dataset in (train_set, val_set)]
     if kinds[0] != kinds[1]:
@@ -171,10 +86,10 @@ def augmented(settings: Settings, train_set: SegmentationSet, count: int) -> tup
 def train(settings: Settings, train_set: SegmentationSet, val_set: SegmentationSet) -> list[dict]:
     """Train one stage, or go on with it where it was interrupted; returns its history, one dict per epoch.
 
-    settings            resolved
     train_set, val_set  from `load_sets`
     Raises ValueError when the run folder belongs to other settings, TrainingStopped on a loss that is not finite.
     """
+    settings = resolve(settings)
     run, class_set = Path(settings.out), train_set.class_set
     identity = identify(settings, train_set)
     saved = claim(run, identity)
