@@ -41,7 +41,8 @@ def collect(home: Path) -> dict:
             "scores": headline(results),
             "minutes": results["train_seconds"] / 60,
             "results": results,
-            "settings": config["settings"] | {"precision": config["precision"]},
+            "settings": {key: value for key, value in config["settings"].items() if key not in ("data", "out", "init")}
+            | {"precision": config["precision"]},
             "history": read_history(home / stage),
         }
     stats = {
@@ -108,31 +109,59 @@ def build(pictures: Path, results: list[dict], pdf: Path, seeds: list[dict] = ()
     return pdf
 
 
-def readme_table(seeds: dict) -> str:
-    """The README's table of results, as Markdown."""
-    names = [*seeds["classes"], "mIoU"]
-    lines = [f"| | {' | '.join(names)} | minutes |", "|---" * (len(names) + 2) + "|"]
-    for row in seeds["stages"].values():
-        cells = [f"{row['mean'][name]:.3f} ± {row['std'][name]:.3f}".replace("0.", ".") for name in names]
-        lines.append(f"| {row['title']} | {' | '.join(cells)} | {row['minutes']:.1f} |")
-    seeds_, size = ", ".join(map(str, seeds["seeds"])), "x".join(map(str, seeds["size"]))
-    note = (
-        f"IoU, mean ± standard deviation over the seeds {seeds_}: {seeds['split_note']} (split `{seeds['split']}`) "
-        f"of the drawn scenes, {size}, void rule `{seeds['void']}`, {seeds['train_images']} training images, "
-        f"{seeds['epochs']} + {seeds['tune_epochs']} epochs, {seeds['parameters'] / 1e6:.2f} M parameters, "
-        f"{seeds['device']}, torch {seeds['torch']}. "
-        "The control continues the first stage for as long as a fine-tuning."
-    )
+def markdown(names: list[str], rows: dict[str, list[str]], note: str) -> str:
+    """A Markdown table with a note below."""
+    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    lines += [f"| {title} | {' | '.join(cells)} |" for title, cells in rows.items()]
     return "\n".join([*lines, "", note])
 
 
-def update_readme(seeds: dict) -> None:
-    """Put the table between the README's markers."""
+def seeds_table(seeds: dict) -> str:
+    """The README's table over several seeds."""
+    names = [*seeds["classes"], "mIoU"]
+    rows = {}
+    for row in seeds["stages"].values():
+        cells = [f"{row['mean'][name]:.3f} ± {row['std'][name]:.3f}".replace("0.", ".") for name in names]
+        rows[row["title"]] = [*cells, f"{row['minutes']:.1f}"]
+    note = (
+        f"IoU on drawn scenes, mean ± standard deviation over the seeds {', '.join(map(str, seeds['seeds']))}: "
+        f"{seeds['split_note']} (split `{seeds['split']}`), {'x'.join(map(str, seeds['size']))}, "
+        f"void rule `{seeds['void']}`, {seeds['train_images']} training images, "
+        f"{seeds['epochs']} + {seeds['tune_epochs']} epochs, {seeds['parameters'] / 1e6:.2f} M parameters, "
+        f"{seeds['device']}, torch {seeds['torch']}. The control continues the first stage as long as a fine-tuning."
+    )
+    return markdown([*names, "minutes"], rows, note)
+
+
+def results_table(results: dict) -> str:
+    """The README's table of one run of the three stages."""
+    context, runs = results["context"], results["runs"].values()
+    names = [*context["classes"], "mIoU"]
+    cells = {run["title"]: [f"{run['scores'][name]:.3f}"[1:] for name in names] for run in runs}
+    rows = {run["title"]: [*cells[run["title"]], f"{run['minutes']:.0f}"] for run in runs}
+    epochs = " + ".join(str(len(run["history"])) for run in runs)
+    chosen = ", on which the best epoch was chosen, too" if context["split"] == "val" else ""
+    note = (
+        f"IoU on {results['name']} (`{context['class_set']}`), one seed: {context['split_note']} "
+        f"(split `{context['split']}`{chosen}), {'x'.join(map(str, context['size']))}, void rule `{context['void']}`, {context['train_images']} training images, {epochs} epochs, "
+        f"{context['parameters'] / 1e6:.2f} M parameters, {context['device']}, torch {context['torch']}."
+    )
+    return markdown([*names, "minutes"], rows, note)
+
+
+def readme_results(files: list[dict]) -> str:
+    """What stands between the README's markers: seeds on drawn scenes, then real data."""
+    seeds = [seeds_table(file) for file in files if "seeds" in file]
+    real = [results_table(file) for file in files if "runs" in file and not file["name"].startswith("drawn")]
+    return "\n\n".join([*seeds, *real])
+
+
+def update_readme(files: list[dict]) -> None:
     path = ROOT / "README.md"
     before, rest = path.read_text(encoding="utf-8").split(MARKERS[0])
     after = rest.split(MARKERS[1])[1]
     with atomic_open(path) as file:
-        file.write(f"{before}{MARKERS[0]}\n{readme_table(seeds)}\n{MARKERS[1]}{after}".encode())
+        file.write(f"{before}{MARKERS[0]}\n{readme_results(files)}\n{MARKERS[1]}{after}".encode())
 
 
 def adopt(home: Path) -> None:
@@ -158,9 +187,7 @@ def main() -> int:
     files = [read_json(path) for path in sorted(RESULTS.glob("*.json"))]
     results = sorted((file for file in files if "runs" in file), key=lambda file: not file["name"].startswith("drawn"))
     seeds = [file for file in files if "seeds" in file]
-    for summary in seeds:
-        if summary["name"] == "drawn":
-            update_readme(summary)
+    update_readme(files)
     pdf = build(RESULTS, results, ROOT / "report" / "UNet_Model_Training_Report.pdf", seeds)
     print(f"written to {pdf.relative_to(ROOT)}")
     return 0
