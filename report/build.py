@@ -143,7 +143,8 @@ def results_table(results: dict) -> str:
     chosen = ", on which the best epoch was chosen, too" if context["split"] == "val" else ""
     note = (
         f"IoU on {results['name']} (`{context['class_set']}`), one seed: {context['split_note']} "
-        f"(split `{context['split']}`{chosen}), {'x'.join(map(str, context['size']))}, void rule `{context['void']}`, {context['train_images']} training images, {epochs} epochs, "
+        f"(split `{context['split']}`{chosen}), {'x'.join(map(str, context['size']))}, "
+        f"void rule `{context['void']}`, {context['train_images']} training images, {epochs} epochs, "
         f"{context['parameters'] / 1e6:.2f} M parameters, {context['device']}, torch {context['torch']}."
     )
     return markdown([*names, "minutes"], rows, note)
