@@ -137,8 +137,10 @@ def results_table(results: dict) -> str:
     """The README's table of one run of the three stages."""
     context, runs = results["context"], results["runs"].values()
     names = [*context["classes"], "mIoU"]
-    cells = {run["title"]: [f"{run['scores'][name]:.3f}"[1:] for name in names] for run in runs}
-    rows = {run["title"]: [*cells[run["title"]], f"{run['minutes']:.0f}"] for run in runs}
+    rows = {}
+    for run in runs:
+        cells = ["–" if run["scores"][name] is None else f"{run['scores'][name]:.3f}".lstrip("0") for name in names]
+        rows[run["title"]] = [*cells, f"{run['minutes']:.0f}"]
     epochs = " + ".join(str(len(run["history"])) for run in runs)
     chosen = ", on which the best epoch was chosen, too" if context["split"] == "val" else ""
     note = (
