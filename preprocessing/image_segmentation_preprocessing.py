@@ -404,8 +404,6 @@ def choose_splits(root: Path, layout: str, asked: list[str] | None) -> list[str]
         raise BadFile(
             f"{root}: expected the splits {missing or DEFAULT_SPLITS[layout]}, found {sorted(found) or 'none'}"
         )
-    for split in set(DEFAULT_SPLITS[layout]) - set(chosen):
-        log.debug("%s: not processed", split)
     return list(dict.fromkeys(chosen))
 
 

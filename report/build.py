@@ -49,10 +49,11 @@ def collect(home: Path) -> dict:
         path.stem.removeprefix("stats_"): read_json(path) for path in sorted((home / "processed").glob("stats_*.json"))
     }
     first, config = runs["scratch"]["results"], read_json(home / "scratch" / CONFIG)
-    keys = ("split", "split_note", "num_images", "size", "class_set", "parameters", "device", "torch", "commit")
+    keys = ("split", "split_note", "num_images", "size", "class_set", "parameters", "torch", "commit")
     collected = {
         "name": home.name,
         "context": {key: first[key] for key in keys}
+        | {"device": " / ".join(dict.fromkeys(run["results"]["device"] for run in runs.values()))}
         | {"void": first["trained_void"], "classes": list(CLASS_SETS[first["class_set"]].names)}
         | {key: config[key] for key in ("train_images", "val_images", "train_note", "val_note", "channels", "depth")},
         "data": {
