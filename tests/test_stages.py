@@ -13,6 +13,7 @@ from PIL import Image
 from unetseg import stages
 from unetseg.__main__ import main
 from unetseg.checkpoint import load_state, load_weights
+from unetseg.session import Session
 
 TINY = ["--channels", "4", "--depth", "2", "--epochs", "2", "--batch-size", "4", "--precision", "fp32"]
 
@@ -94,30 +95,24 @@ def test_usage_errors_exit_with_2(processed, tmp_path):
     assert command("train", "weighted_ce", "--data", processed, "--out", tmp_path) == 2
 
 
-def test_an_interrupted_fine_tuning_ends_as_the_uninterrupted_one(home, processed, tmp_path, monkeypatch):
-    def stop(self, record):
-        raise KeyboardInterrupt
+def test_a_fine_tuning_out_of_time_ends_as_the_uninterrupted_one(home, processed, tmp_path, monkeypatch, capsys):
+    looks = []
 
-    options = [
-        "--data",
-        processed,
-        "--init",
-        home / "scratch",
-        "--epochs",
-        "3",
-        "--precision",
-        "fp32",
-        "--occlusion",
-        "1",
-    ]
-    assert command("train", "ce_dice", *options, "--out", tmp_path / "whole") == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(stages.Tracker, "epoch", stop)
-        assert command("train", "ce_dice", *options, "--out", tmp_path / "parts") == 130
-        assert command("train", "ce_dice", *options, "--out", tmp_path / "parts") == 130
-    assert command("train", "ce_dice", *options, "--out", tmp_path / "parts") == 0
-    whole, parts = (load_state(tmp_path / name / "state.pt")["trainer"]["model"] for name in ("whole", "parts"))
-    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    def over(session, reserve):
+        looks.append(0)
+        return "the time is up" if len(looks) % 3 == 0 else ""
+
+    tune = ["train", "ce_dice", "--data", processed, "--init", home / "scratch", "--epochs", "3", "--batch-size", "2"]
+    tune += ["--precision", "bf16", "--occlusion", "1"]
+    assert command(*tune, "--out", tmp_path / "whole") == 0
+    monkeypatch.setattr(Session, "over", over)
+    sessions = 0
+    while not capsys.readouterr().out.count("epoch 3 of 3\n"):
+        assert command(*tune, "--out", tmp_path / "parts", "--max-minutes", 10 + sessions) == 0
+        sessions += 1
+    whole, parts = (load_state(tmp_path / name)["trainer"] for name in ("whole", "parts"))
+    assert sessions > 4 and whole["scheduler"] == parts["scheduler"]
+    assert all(torch.equal(whole["model"][key], parts["model"][key]) for key in whole["model"])
 
 
 def test_a_run_on_other_data_or_weights_is_refused(home, processed, tmp_path, capsys):

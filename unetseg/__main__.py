@@ -3,8 +3,12 @@
 import argparse
 import signal
 import sys
+import time
+import warnings
 from dataclasses import fields
 from pathlib import Path
+
+STARTED = time.monotonic()
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -61,6 +65,7 @@ def add_settings(command: argparse.ArgumentParser) -> None:
         ("occlusion", float, "share of images with an occluder (0.5)"),
         ("aimed", float, "share of occluders placed on an instance (0.5)"),
         ("project", str, "W&B project (unetseg)"),
+        ("max-minutes", float, "stop, saved, before so many have passed; the same command then goes on"),
     ):
         add(f"--{name}", type=kind, help=text)
     add("--aim-at", nargs="+", metavar="CLASS", help="classes of those instances (people)")
@@ -68,6 +73,7 @@ def add_settings(command: argparse.ArgumentParser) -> None:
     add("--precision", choices=("auto", "fp32", "fp16", "bf16"), help="auto: measured")
     add("--weighting", choices=("sqrt", "inverse", "median", "enet", "none"), help="class weights (sqrt: 1/√f)")
     add("--occluded", choices=("keep", "void"), help="covered pixels keep their class, or become void (keep)")
+    add("--deterministic", action="store_true", help="on a GPU: the same bits in every run, for some speed")
 
 
 def scenes(args: argparse.Namespace) -> int:
@@ -92,11 +98,11 @@ def train(args: argparse.Namespace) -> int:
     print(f"train: {train_set.split.note}; val: {val_set.split.note}")
     if STAGES[settings.stage].weighted:
         print(weights_table(train_set, class_weights(train_set.num_pixels, settings.weighting)))
-    history = stages.train(settings, train_set, val_set)
-    best = max(history, key=lambda row: row["val_miou"])
-    print(
-        f"best val mIoU {best['val_miou']:.4f} (void={settings.void}) at epoch {best['epoch']:.0f} of {settings.epochs}"
-    )
+    history = stages.train(settings, train_set, val_set, STARTED)
+    if history:
+        best = max(history, key=lambda row: row["val_miou"])
+        where = f"at epoch {best['epoch']:.0f} of {settings.epochs}"
+        print(f"best val mIoU {best['val_miou']:.4f} (void={settings.void}) {where}")
     print(f"written to {settings.out}")
     return 0
 
@@ -118,12 +124,20 @@ def predict(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
+def show_warning(message: Warning, *where: object, **more: object) -> None:
+    """Show a warning as a line of its own, not where in the code it came from."""
+    from tqdm import tqdm
+
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    warnings.showwarning = show_warning
     try:
         return {"scenes": scenes, "train": train, "evaluate": evaluate, "predict": predict}[args.command](args)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        print(f"error: {error or type(error).__name__}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
@@ -132,4 +146,6 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
+        stream.reconfigure(errors="backslashreplace")
     sys.exit(main())

@@ -78,11 +78,13 @@ class Batches:
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.batch_size)
 
-    def epoch(self, number: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, number: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, from number `start` on."""
         order, table = epoch_draws(len(self.dataset), self.seed, number)
         if self.augment is None:
             order = torch.arange(len(self.dataset))
-        for indices in order.split(self.batch_size):
+        for first in range(start * self.batch_size, len(order), self.batch_size):
+            indices = order[first : first + self.batch_size]
             images, masks = self.dataset.batch(indices, self.device)
             if self.augment is not None:
                 images, masks = self.augment(images, masks, table[indices].to(self.device), indices)

@@ -26,6 +26,13 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
+def be_deterministic() -> None:
+    """Let a GPU take only algorithms that give the same bits every time; to be called before its first use."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context for forward passes in "fp32", "fp16" or "bf16"."""
     return torch.autocast(device.type, DTYPES[precision] or torch.bfloat16, enabled=precision != "fp32")

@@ -1,9 +1,14 @@
-"""The training loop: `fit` is `train_one_epoch` and `evaluate`, epoch after epoch, and keeps the best."""
+"""The training loop: `fit` is `train_one_epoch` and `evaluate`, epoch after epoch, and keeps the best.
+
+Its state is saved at every epoch and every few minutes, so that a run that is killed goes on as if nothing had been.
+"""
 
 import math
+import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +18,18 @@ from tqdm import tqdm
 
 from . import checkpoint
 from .classes import IGNORE_INDEX
-from .device import autocast
 from .metrics import confusion_matrix, scores
+from .session import Session
+from .trainer import LossFn, Trainer, TrainingStopped, forward
 
-LossFn = Callable[[Tensor, Tensor], Tensor]
+SAVE_SECONDS = 180.0  # training that a killed process may lose
+MAX_SKIPPED = 10  # steps in a row without a finite loss and gradient; fp16 needs some to find its loss scale
+LOOK_STEPS = 10  # between two looks at the sums on a GPU, which has to wait for them
+COLLAPSED = 0.99  # share of all predictions that one class may have
 
 
-class TrainingStopped(RuntimeError):
-    """Training cannot go on; the message says why, and where the best weights so far are."""
-
-
-class NotFinite(ArithmeticError):
-    """A loss is NaN or infinite."""
+class Pause(Exception):
+    """Training ends here for now; the state is saved."""
 
 
 @dataclass
@@ -36,72 +41,194 @@ class Evaluation:
     images_per_second: float
 
 
-class Trainer:
-    """A model with all that changes while it trains: optimiser, schedule, loss scale.
+@dataclass(frozen=True)
+class Job:
+    """What `fit` needs to know besides the model, the loss and the batches."""
 
-    AdamW (Loshchilov & Hutter, ICLR 2019) under the one-cycle schedule (Smith, 2018), gradients clipped to norm 1.
+    run: Path
+    num_epochs: int
+    names: tuple[str, ...]  # of the classes
+    void: str  # the rule that val loss and val mIoU are taken under
+    config: dict  # what makes the run this run; checkpoint.METADATA of it goes with the best weights
+
+
+@dataclass
+class Position:
+    """How far a run has come: the epochs done, and of the present one the steps, their seconds and sums.
+
+    sums  (4,) float64: loss x images, images, and steps that were skipped, in this epoch and in a row
     """
 
-    def __init__(self, model: nn.Module, num_steps: int, lr: float, weight_decay: float, precision: str) -> None:
-        self.device = next(model.parameters()).device
-        self.model, self.precision = model.to(memory_format=torch.channels_last), precision
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
-        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, max_lr=lr, total_steps=max(num_steps, 6), pct_start=0.2, cycle_momentum=False
-        )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+    history: list[dict]
+    step: int = 0
+    seconds: float = 0.0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
 
     @property
-    def lr(self) -> float:
-        return self.scheduler.get_last_lr()[0]
+    def epoch(self) -> int:
+        return len(self.history) + 1
 
-    @property
-    def parts(self) -> dict:
-        return {key: getattr(self, key) for key in ("model", "optimizer", "scheduler", "scaler")}
+    def add(self, loss: Tensor, finite: Tensor, num_images: int) -> None:
+        """Count a step, without making a GPU wait."""
+        total, images, skipped, in_a_row = self.sums.unbind()
+        new = total + loss.where(finite, 0) * num_images, images + finite * num_images
+        self.sums = torch.stack([*new, skipped + ~finite, (in_a_row + 1) * ~finite])
+        self.step += 1
 
-    def state(self) -> dict:
-        return {key: part.state_dict() for key, part in self.parts.items()}
+    def next_epoch(self, row: dict) -> None:
+        self.history.append(row)
+        self.step, self.seconds, self.sums = 0, 0.0, self.sums * torch.tensor([0, 0, 0, 1], device=self.sums.device)
 
-    def load(self, state: dict) -> None:
-        for key, part in self.parts.items():
-            part.load_state_dict(state[key])
 
-    def step(self, images: Tensor, masks: Tensor, loss_fn: LossFn) -> Tensor:
-        """One update; returns the loss, still on the device."""
-        images = images.contiguous(memory_format=torch.channels_last)
-        with autocast(self.device, self.precision):
-            logits = self.model(images)
-        loss = loss_fn(logits, masks)
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+class Keeper:
+    """Saves where a training stands: when that is due, and when the session is over."""
+
+    def __init__(self, trainer: Trainer, job: Job, session: Session) -> None:
+        self.trainer, self.job, self.session = trainer, job, session
+        self.position = resume(trainer, job)
+        self.saved, self.cost = time.monotonic(), 0.0
+
+    def watch(self, batches: Iterable) -> Iterator:
+        """The same batches; what was done with one is safe, or not yet due, before the next. Raises Pause."""
+        for batch in batches:
+            yield batch
+            reason = self.session.over(reserve=self.cost)
+            if reason or time.monotonic() - self.saved > max(SAVE_SECONDS, 50 * self.cost):
+                self.save()
+            if reason:
+                raise Pause(reason)
+
+    def save(self) -> None:
+        start = time.monotonic()
+        state = {"config": self.job.config, "trainer": self.trainer.state(), "position": vars(self.position)}
+        checkpoint.save_state(self.job.run, state)
+        self.saved = time.monotonic()
+        self.cost = self.saved - start
+
+
+def resume(trainer: Trainer, job: Job) -> Position:
+    """Put the trainer where the run folder's state left it. Raises ValueError for the state of another run."""
+    saved = checkpoint.load_state(job.run)
+    if saved is None:
+        return Position([], sums=torch.zeros(4, dtype=torch.float64, device=trainer.device))
+    path = job.run / checkpoint.STATE
+    changed = [key for key in job.config if saved["config"].get(key) != job.config[key]]
+    if changed:
+        there = ", ".join(f"{key}: {saved['config'].get(key)} in it, {job.config[key]} now" for key in changed)
+        raise ValueError(f"{path}: expected the state of this run, found {there}; was {checkpoint.CONFIG} edited?")
+    try:
+        trainer.load(saved["trainer"])
+        position = Position(**saved["position"])
+        position.sums = position.sums.to(trainer.device)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path}: expected the state of this run, found {type(error).__name__}: {error}") from None
+    if position.history:
+        checkpoint.write_history(job.run, position.history)  # the last row may be missing
+    return position
+
+
+def fit(
+    trainer: Trainer,
+    loss_fn: LossFn,
+    train_batches,
+    val_batches,
+    job: Job,
+    log: Callable[[dict], None] = lambda record: None,
+    session: Session | None = None,
+) -> list[dict]:
+    """Train to the job's last epoch from where its run folder stands; returns the history.
+
+    train_batches, val_batches  with .dataset, .batch_size and .epoch(number, first step) -> iterable of (images, masks)
+    log                         called after each epoch with its row of history and, under "scores", the val scores
+    session                     when to stop before the end: the history returned is then shorter, the state saved
+    Raises TrainingStopped when losses or gradients stay not finite or memory does not suffice; what was saved stays.
+    """
+    session = session or Session()
+    keeper = Keeper(trainer, job, session)
+    position, size = keeper.position, len(train_batches.dataset)
+    done = len(position.history) * size + min(position.step * train_batches.batch_size, size)
+    bar = tqdm(desc=job.run.name, total=job.num_epochs * size, initial=done, unit="img", mininterval=1)
+    with session, bar as progress:
+        try:
+            while position.epoch <= job.num_epochs:
+                run_epoch(keeper, loss_fn, train_batches, val_batches, log, progress)
+        except Pause as pause:
+            place = f"in epoch {position.epoch} of {job.num_epochs}, after step {position.step} of {len(train_batches)}"
+            progress.write(f"{job.run.name}: stopped ({pause}) {place}; saved: the same again goes on from here")
+    return position.history
+
+
+def run_epoch(
+    keeper: Keeper, loss_fn: LossFn, train_batches, val_batches, log: Callable[[dict], None], progress: tqdm
+) -> None:
+    """Train on every batch that is left, evaluate, log and save."""
+    trainer, job, position = keeper.trainer, keeper.job, keeper.position
+    batches = train_batches.epoch(position.epoch, position.step)
+    train_loss, skipped = train_one_epoch(trainer, keeper.watch(batches), loss_fn, position, progress)
+    start = time.perf_counter()
+    batches = keeper.watch(val_batches.epoch())
+    result = evaluate(trainer.model, batches, len(job.names), loss_fn, trainer.precision, job.void, trainer.part)
+    score = scores(result.confusion, job.names, job.void)
+    row = {"epoch": position.epoch, "train_loss": train_loss, "val_loss": result.loss, "val_miou": score["miou"] or 0.0}
+    seconds = position.seconds + time.perf_counter() - start
+    speed = len(train_batches.dataset) / max(position.seconds, 1e-9)
+    row |= {"lr": trainer.lr, "seconds": seconds, "images_per_second": speed}
+    raise_concerns(row, skipped, result.confusion, job.names)
+    best = max((earlier["val_miou"] for earlier in position.history), default=-1.0)
+    if row["val_miou"] > best:
+        checkpoint.save_weights(job.run, trainer.model.state_dict(), job.config, row["epoch"], row["val_miou"])
+    log(row | {"scores": score, "skipped": skipped})
+    position.next_epoch(row)
+    keeper.save()
+    checkpoint.write_history(job.run, position.history)
+    shown = {"epoch": row["epoch"], "mIoU": f"{row['val_miou']:.3f}", "best": f"{max(best, row['val_miou']):.3f}"}
+    progress.set_postfix(shown)
 
 
 def train_one_epoch(
-    trainer: Trainer, batches: Iterable[tuple[Tensor, Tensor]], loss_fn: LossFn, progress: tqdm
-) -> float:
-    """Train on every batch once; returns the mean loss per image. Raises NotFinite."""
+    trainer: Trainer, batches: Iterable[tuple[Tensor, Tensor]], loss_fn: LossFn, position: Position, progress: tqdm
+) -> tuple[float, int]:
+    """Train on the batches, adding to the position; returns the epoch's mean loss per image and its skipped steps.
+
+    Raises TrainingStopped after MAX_SKIPPED skipped steps in a row.
+    """
     trainer.model.train()
-    total, num_images, looked = torch.zeros((), device=trainer.device), 0, time.perf_counter()
+    started = time.perf_counter() - position.seconds
     for images, masks in batches:
-        total += trainer.step(images, masks, loss_fn) * len(images)
-        num_images += len(images)
+        loss, finite = trainer.step(images, masks, loss_fn)
+        position.add(loss, finite, len(images))
+        position.seconds = time.perf_counter() - started
         progress.update(len(images))
-        if time.perf_counter() - looked > 1:  # reading the loss makes a GPU wait, so only now and then
-            looked = time.perf_counter()
-            progress.set_postfix(progress.scores | {"loss": f"{_finite(total.item()) / num_images:.3f}"})
-    return _finite(total.item()) / num_images
+        if images.device.type == "cpu" or position.step % LOOK_STEPS == 0:
+            progress.set_postfix({"epoch": position.epoch, "loss": f"{look(position)[0]:.3f}"}, refresh=False)
+    loss, skipped = look(position)
+    position.seconds = time.perf_counter() - started
+    return loss, skipped
 
 
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise NotFinite(f"the loss became {value}")
-    return value
+def look(position: Position) -> tuple[float, int]:
+    """The epoch's mean loss per image so far (NaN: no step counted) and its skipped steps. Raises TrainingStopped."""
+    total, images, skipped, in_a_row = position.sums.tolist()
+    if in_a_row >= MAX_SKIPPED:
+        raise TrainingStopped(
+            f"loss or gradient was not finite in {in_a_row:.0f} steps in a row, up to step {position.step} of epoch "
+            f"{position.epoch}; what was saved before is intact; try a lower lr, in another run folder"
+        )
+    return total / images if images else math.nan, int(skipped)
+
+
+def raise_concerns(row: dict, skipped: int, confusion: np.ndarray, names: tuple[str, ...]) -> None:
+    """Warn of what an epoch should not have shown: skipped steps, a loss that is not finite, one class everywhere."""
+    share = confusion.sum(axis=0) / max(confusion.sum(), 1)
+    concerns = []
+    if skipped:
+        concerns.append(f"{skipped} steps were skipped because loss or gradient was not finite")
+    if not math.isfinite(row["val_loss"]):
+        concerns.append(f"the val loss is {row['val_loss']}")
+    if share.max() > COLLAPSED:
+        concerns.append(f"{share.max():.1%} of the val predictions are {names[share.argmax()]}: the network collapsed")
+    for concern in concerns:
+        warnings.warn(f"epoch {row['epoch']}: {concern}", stacklevel=2)
 
 
 @torch.inference_mode()
@@ -112,99 +239,22 @@ def evaluate(
     loss_fn: LossFn,
     precision: str = "fp32",
     void: str = "ignore",
+    part: int = sys.maxsize,
 ) -> Evaluation:
     """Score a model on batches whose masks mark void as IGNORE_INDEX; the counts do not depend on the batch size.
 
     void  the rule for the loss; the confusion matrix serves both
+    part  images that go through the network at once
     """
     model.eval()
     device = next(model.parameters()).device
     confusion = torch.zeros(num_classes + 1, num_classes, dtype=torch.int64, device=device)
     total, num_images, start = torch.zeros((), device=device), 0, time.perf_counter()
     for images, masks in batches:
-        with autocast(device, precision):
-            logits = model(images.contiguous(memory_format=torch.channels_last))
+        logits = forward(model, images.contiguous(memory_format=torch.channels_last), precision, part)
         truth = masks.where(masks != IGNORE_INDEX, 0) if void == "background" else masks
         total += loss_fn(logits, truth) * len(images)
         confusion += confusion_matrix(logits.argmax(dim=1), masks, num_classes)
         num_images += len(images)
     loss = total.item() / max(num_images, 1)
     return Evaluation(loss, confusion.cpu().numpy(), num_images / (time.perf_counter() - start))
-
-
-@dataclass(frozen=True)
-class Job:
-    """What `fit` needs to know besides the model, the loss and the batches."""
-
-    run: Path
-    num_epochs: int
-    names: tuple[str, ...]  # of the classes
-    void: str  # the rule that val loss and val mIoU are taken under
-    metadata: dict[str, str]  # stored with the best weights
-
-
-def fit(
-    trainer: Trainer,
-    loss_fn: LossFn,
-    train_batches,
-    val_batches,
-    job: Job,
-    log: Callable[[dict], None] = lambda record: None,
-) -> list[dict]:
-    """Train to the job's last epoch, from the last one saved in its run folder; returns the history.
-
-    train_batches, val_batches  with .dataset and .epoch(number) -> iterable of (images, masks)
-    log                         called after each epoch with its row of history and, under "scores", the val scores
-    Raises TrainingStopped on a loss that is not finite; what was saved stays.
-    """
-    history = resume(trainer, job.run)
-    size = len(train_batches.dataset)
-    bar = {"total": job.num_epochs * size, "initial": len(history) * size, "unit": "img", "mininterval": 1}
-    with tqdm(desc=job.run.name, **bar) as progress:
-        progress.scores = {}
-        for epoch in range(len(history) + 1, job.num_epochs + 1):
-            try:
-                row, score = run_epoch(trainer, loss_fn, train_batches, val_batches, job, epoch, progress)
-            except NotFinite as error:
-                kept = f"the best weights so far are in {job.run}" if history else "no epoch was finished"
-                raise TrainingStopped(f"{job.run.name}: {error} in epoch {epoch}; {kept}; try a lower lr") from None
-            history.append(row)
-            save(trainer, job, history)
-            best = max(row["val_miou"] for row in history)
-            progress.scores = {"epoch": epoch, "mIoU": f"{row['val_miou']:.3f}", "best": f"{best:.3f}"}
-            log(row | {"scores": score})
-    return history
-
-
-def run_epoch(
-    trainer: Trainer, loss_fn: LossFn, train_batches, val_batches, job: Job, epoch: int, progress: tqdm
-) -> tuple[dict, dict]:
-    """Train on every batch once and evaluate; returns the row of history and the val scores. Raises NotFinite."""
-    start = time.perf_counter()
-    train_loss = train_one_epoch(trainer, train_batches.epoch(epoch), loss_fn, progress)
-    speed = len(train_batches.dataset) / (time.perf_counter() - start)
-    result = evaluate(trainer.model, val_batches.epoch(), len(job.names), loss_fn, trainer.precision, job.void)
-    score = scores(result.confusion, job.names, job.void)
-    row = {"epoch": epoch, "train_loss": train_loss, "val_loss": _finite(result.loss), "val_miou": score["miou"] or 0.0}
-    row |= {"lr": trainer.lr, "seconds": time.perf_counter() - start, "images_per_second": speed}
-    return row, score
-
-
-def resume(trainer: Trainer, run: Path) -> list[dict]:
-    """Put the trainer where the run folder's last saved epoch left it; returns the history so far."""
-    saved = checkpoint.load_state(run / checkpoint.STATE)
-    if saved is None:
-        return []
-    trainer.load(saved["trainer"])
-    checkpoint.write_history(run, saved["history"])  # the last row may be missing
-    return saved["history"]
-
-
-def save(trainer: Trainer, job: Job, history: list[dict]) -> None:
-    """Save the epoch just finished; the weights only when its val mIoU is the best so far."""
-    last = history[-1]
-    if last["val_miou"] > max((row["val_miou"] for row in history[:-1]), default=-1.0):
-        note = {"epoch": str(last["epoch"]), "val_miou": f"{last['val_miou']:.6f}"}
-        checkpoint.save_weights(job.run / checkpoint.WEIGHTS, trainer.model.state_dict(), job.metadata | note)
-    checkpoint.save_state(job.run / checkpoint.STATE, {"trainer": trainer.state(), "history": history})
-    checkpoint.write_history(job.run, history)

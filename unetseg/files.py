@@ -1,26 +1,84 @@
-"""Files that are whole or not there at all."""
+"""Files that are whole or not there at all, folders with one writer, and reading that cannot be made to hang."""
 
 import json
 import os
+import re
+import stat
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from filelock import FileLock, Timeout
+
+MAX_PIXELS = 8192 * 4096  # a picture that declares more is refused before it is decoded
+MAX_BYTES = 1 << 28  # and so is a larger file
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp", re.DOTALL)
+
 
 @contextmanager
-def atomic_open(path: Path) -> Iterator[IO[bytes]]:
-    """Open `path` for writing bytes; it appears, whole, when the block ends, and not at all if the block fails."""
+def atomic_open(path: Path, durable: bool = False) -> Iterator[IO[bytes]]:
+    """Open `path` for writing bytes; it appears, whole, when the block ends, and not at all if the block fails.
+
+    durable  wait until it is on the disk, so that not even a power failure leaves less than the old file or the new
+    An OSError names `path`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):  # of a full disk the system names no file, of the others the temporary one
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
+
+
+@contextmanager
+def exclusive(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Be the only process that writes into `folder`, and clear what killed ones left unfinished there.
+
+    wait  for another process to end; otherwise a ValueError says that there is one
+    The lock ends with the process, however that ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except NotImplementedError:  # a file system without locks
+        pass
+    except Timeout:
+        if not wait:
+            raise ValueError(
+                f"{folder}: expected to be alone, found another process at work in it; wait, or choose another folder"
+            ) from None
+        print(f"{folder}: waiting for another process at work in it", file=sys.stderr)
+        lock.acquire()
+    try:
+        for path in folder.rglob(".*.tmp"):
+            if TEMPORARY.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+
+
+def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
+    """The content of a file of at most `most` bytes. Raises ValueError for anything but a regular file, or a larger."""
+    found = Path(path).stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path}: expected a regular file, found a folder, a pipe or a device")
+    if found.st_size > most:
+        raise ValueError(f"{path}: expected at most {most} bytes, found {found.st_size}")
+    return Path(path).read_bytes()
 
 
 def write_json(path: Path, value: object) -> None:
@@ -32,9 +90,10 @@ def write_json(path: Path, value: object) -> None:
 def read_json(path: Path) -> dict:
     """The JSON object in `path`. Raises ValueError, naming the file, when it holds anything else."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: expected JSON, found {error}; delete the file or write it anew") from None
+        value = json.loads(read_bytes(path).decode())
+    except (ValueError, RecursionError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: expected a JSON object, found {reason}; restore it or write it anew") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}; restore it or write it anew")
     return value

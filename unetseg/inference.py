@@ -15,17 +15,31 @@ from .classes import CLASS_SETS, ClassSet
 from .data import Batches, SegmentationSet, load_split, scored_split
 from .files import atomic_open, read_json, write_json
 from .metrics import scores
-from .model import UNet
+from .model import MOST, UNet
 from .plots import overlay
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
+def trained_model(run_or_weights: Path) -> tuple[nn.Module, dict[str, str]]:
+    """The U-Net with its trained weights, on the CPU, and metadata. Raises ValueError where they do not fit."""
+    state, metadata = checkpoint.load_weights(run_or_weights)
+    try:
+        width, depth = (int(metadata[key]) for key in ("channels", "depth"))
+        if not (0 < width <= MOST["channels"] and 0 < depth <= MOST["depth"]):
+            raise ValueError(f"{width} channels and depth {depth}")
+        with torch.device("meta"):  # costs no memory, whatever the file declares
+            model = UNet(len(CLASS_SETS[metadata["class_set"]]), width, depth)
+        model.load_state_dict(state, assign=True)
+    except (ValueError, KeyError, RuntimeError) as error:
+        path = checkpoint.weights_path(run_or_weights)
+        raise ValueError(f"{path}: expected weights of the U-Net that its metadata describe, found {error}") from None
+    return model.float(), metadata
+
+
 def best_model(run_or_weights: Path) -> tuple[nn.Module, dict[str, str]]:
     """The trained U-Net, ready to predict on the best device, and its metadata."""
-    state, metadata = checkpoint.load_weights(run_or_weights)
-    model = UNet(len(CLASS_SETS[metadata["class_set"]]), int(metadata["channels"]), int(metadata["depth"]))
-    model.load_state_dict(state)
+    model, metadata = trained_model(run_or_weights)
     return model.to(device.pick_device(), memory_format=torch.channels_last).eval(), metadata
 
 
@@ -34,8 +48,7 @@ def evaluate_run(run: Path, processed: Path, split: str | None = None) -> dict:
 
     Returns what it writes to results_<split>.json: scores, confusion matrix, and the context they hold in.
     """
-    if not (run / checkpoint.CONFIG).is_file():
-        raise ValueError(f"{run}: expected a run folder with {checkpoint.CONFIG}, found none")
+    config = checkpoint.read_config(run)
     model, metadata = best_model(run)
     dataset = load_split(processed, split or scored_split(processed))
     found = {"class_set": dataset.class_set.name, "width": str(dataset.size[0]), "height": str(dataset.size[1])}
@@ -45,7 +58,7 @@ def evaluate_run(run: Path, processed: Path, split: str | None = None) -> dict:
     names, where = dataset.class_set.names, next(model.parameters()).device
     progress = tqdm(Batches(dataset, 8, where).epoch(), desc=f"scoring {run.name}", unit="batch", leave=False, delay=1)
     result = engine.evaluate(model, progress, len(names), losses.cross_entropy)
-    config, history = read_json(run / checkpoint.CONFIG), checkpoint.read_history(run)
+    history = checkpoint.read_history(run)
     results = {
         "run": run.name,
         "stage": metadata["stage"],

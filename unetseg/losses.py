@@ -16,7 +16,8 @@ def cross_entropy(
 
     class_weights  (C,) float, or None for equal weights
     """
-    total = F.cross_entropy(logits.float(), mask, class_weights, ignore_index=ignore_index, reduction="sum")
+    # per pixel, then the sum: PyTorch's own sum is not deterministic on CUDA
+    total = F.cross_entropy(logits.float(), mask, class_weights, ignore_index=ignore_index, reduction="none").sum()
     valid = mask != ignore_index
     if class_weights is None:
         return total / valid.sum().clamp(min=1)

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+MOST = {"channels": 1024, "depth": 8}  # what a network may ask for
+
 
 class UNet(nn.Module):
     """A U-Net that returns logits at the input's own size.

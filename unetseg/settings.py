@@ -7,6 +7,7 @@ from . import checkpoint
 from .classes import VOID_RULES
 from .data import WEIGHTINGS
 from .device import DTYPES
+from .model import MOST
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Settings:
     aim_at: tuple[str, ...] | None = None  # the classes of those instances (people)
     occluded: str = "keep"  # covered pixels "keep" their class or become "void"
     project: str = "unetseg"  # the W&B project
+    max_minutes: float | None = None  # stop, saved, when so many minutes have passed; the same again goes on
+    deterministic: bool = False  # on a GPU: the same bits in every run, for some speed; a CPU always does so
 
 
 class SettingsError(ValueError):
@@ -83,9 +86,12 @@ def resolve(settings: Settings) -> Settings:
                 raise SettingsError(f"{settings.init}: expected {name} {getattr(settings, name)}, found {known[name]}")
     known |= {"epochs": stage.epochs, "lr": stage.lr}
     settings = replace(settings, **{key: value for key, value in known.items() if getattr(settings, key) is None})
-    for name in ("epochs", "batch_size", "lr", "channels", "depth"):
-        if getattr(settings, name) <= 0:
+    for name in ("epochs", "batch_size", "lr", "max_minutes"):
+        if not (getattr(settings, name) is None or getattr(settings, name) > 0):  # also true of NaN
             raise SettingsError(f"{name}: expected more than 0, found {getattr(settings, name)}")
+    for name, most in MOST.items():
+        if not 0 < getattr(settings, name) <= most:
+            raise SettingsError(f"{name}: expected 1 to {most}, found {getattr(settings, name)}")
     for name in ("dice_share", "occlusion", "aimed"):
         if not 0 <= getattr(settings, name) <= 1:
             raise SettingsError(f"{name}: expected a share in [0, 1], found {getattr(settings, name)}")

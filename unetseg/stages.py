@@ -3,6 +3,7 @@
 import hashlib
 import json
 import subprocess
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -13,13 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from . import augment, checkpoint, device, engine, losses
+from .classes import ClassSet
 from .data import Batches, SegmentationSet, class_weights, instance_boxes, load_split
-from .files import read_json, write_json
-from .inference import best_model, predictions
+from .files import exclusive, write_json
+from .inference import best_model, predictions, trained_model
 from .metrics import under_rule
 from .model import UNet
+from .session import Session
 from .settings import STAGES, Settings, resolve
 from .tracking import Tracker
+from .trainer import LossFn, Trainer
+
+# What may differ in a run that goes on: where data and weights lie (what they are may not), and when to stop.
+FREE = ("settings", "data", "init", "out", "project", "max_minutes")
 
 
 def load_sets(settings: Settings) -> tuple[SegmentationSet, SegmentationSet]:
@@ -37,19 +44,19 @@ def load_sets(settings: Settings) -> tuple[SegmentationSet, SegmentationSet]:
     return train_set, val_set
 
 
-def build_model(settings: Settings, class_set_name: str, num_classes: int) -> nn.Module:
+def build_model(settings: Settings, class_set: ClassSet) -> nn.Module:
     """The U-Net of resolved settings, from random weights or from `init`, on the device to train on."""
-    torch.manual_seed(settings.seed)
-    model = UNet(num_classes, settings.channels, settings.depth)
-    if settings.init is not None:
-        state, metadata = checkpoint.load_weights(Path(settings.init))
-        if metadata["class_set"] != class_set_name:
-            raise ValueError(f"{settings.init}: expected class set {class_set_name}, found {metadata['class_set']}")
-        model.load_state_dict(state)
+    if settings.init is None:
+        torch.manual_seed(settings.seed)
+        model = UNet(len(class_set), settings.channels, settings.depth)
+    else:
+        model, metadata = trained_model(Path(settings.init))
+        if metadata["class_set"] != class_set.name:
+            raise ValueError(f"{settings.init}: expected class set {class_set.name}, found {metadata['class_set']}")
     return model.to(device.pick_device())
 
 
-def loss_function(settings: Settings, train_set: SegmentationSet, where: torch.device) -> engine.LossFn:
+def loss_function(settings: Settings, train_set: SegmentationSet, where: torch.device) -> LossFn:
     """The stage's loss, with class weights from the training masks where it has them."""
     stage, weights = STAGES[settings.stage], None
     if stage.weighted:
@@ -83,33 +90,56 @@ def augmented(settings: Settings, train_set: SegmentationSet, count: int) -> tup
     return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy(), masks.to(torch.uint8).numpy()
 
 
-def train(settings: Settings, train_set: SegmentationSet, val_set: SegmentationSet) -> list[dict]:
+def train(
+    settings: Settings, train_set: SegmentationSet, val_set: SegmentationSet, started: float | None = None
+) -> list[dict]:
     """Train one stage, or go on with it where it was interrupted; returns its history, one dict per epoch.
 
     train_set, val_set  from `load_sets`
-    Raises ValueError when the run folder belongs to other settings, TrainingStopped on a loss that is not finite.
+    started             the time.monotonic() that settings.max_minutes count from (default: now); when they are over,
+                        the history is shorter than settings.epochs, and the state is saved
+    Raises ValueError when the run folder belongs to other settings or another process is at work in it,
+    TrainingStopped when training cannot go on.
     """
-    settings = resolve(settings)
-    run, class_set = Path(settings.out), train_set.class_set
-    identity = identify(settings, train_set)
-    saved = claim(run, identity)
-    if saved and len(checkpoint.read_history(run)) >= settings.epochs:
-        return checkpoint.read_history(run)
-    model = build_model(settings, class_set.name, len(class_set))
-    where = next(model.parameters()).device
-    config = saved or identity | describe(settings, train_set, val_set, model)
-    write_json(run / checkpoint.CONFIG, config)
+    settings, session = resolve(settings), Session(settings.max_minutes, started)
+    run, identity = Path(settings.out), identify(settings, train_set)
+    with exclusive(run):
+        config = claim(run, identity)
+        history = checkpoint.read_history(run)
+        if config and len(history) >= settings.epochs:
+            return history
+        if settings.deterministic:
+            device.be_deterministic()
+        model = build_model(settings, train_set.class_set)
+        if config is not None:
+            warn_of_moving(config, model)
+        else:
+            config = identity | describe(settings, train_set, val_set, model)
+            write_json(run / checkpoint.CONFIG, config)
+        return run_stage(settings, train_set, val_set, model, config, session)
+
+
+def run_stage(
+    settings: Settings,
+    train_set: SegmentationSet,
+    val_set: SegmentationSet,
+    model: nn.Module,
+    config: dict,
+    session: Session,
+) -> list[dict]:
+    """Wire a stage's batches, loss and W&B to the engine, and train."""
+    run, where = Path(settings.out), next(model.parameters()).device
     train_batches = Batches(train_set, settings.batch_size, where, settings.seed, augmentation(settings, train_set))
     val_batches = Batches(val_set, settings.batch_size, where)
     num_steps = settings.epochs * len(train_batches)
-    trainer = engine.Trainer(model, num_steps, settings.lr, settings.weight_decay, config["precision"])
-    metadata = {key: str(config[key]) for key in checkpoint.METADATA}
-    job = engine.Job(run, settings.epochs, class_set.names, settings.void, metadata)
+    trainer = Trainer(model, num_steps, settings.lr, settings.weight_decay, config["precision"])
+    job = engine.Job(run, settings.epochs, train_set.class_set.names, settings.void, config)
     tracker = Tracker(settings.project, run, config)
     try:
         loss_fn = loss_function(settings, train_set, where)
-        history = engine.fit(trainer, loss_fn, train_batches, val_batches, job, tracker.epoch)
-        log_best(run, val_set, settings.void, tracker)
+        history = engine.fit(trainer, loss_fn, train_batches, val_batches, job, tracker.epoch, session)
+        if len(history) == settings.epochs:
+            log_best(run, val_set, settings.void, tracker)
     finally:
         tracker.finish()
     return history
@@ -143,24 +173,31 @@ def claim(run: Path, identity: dict) -> dict | None:
 
     Raises ValueError, showing the difference, when it was begun as another.
     """
+    strangers = [name for name in (checkpoint.WEIGHTS, checkpoint.STATE) if (run / name).is_file()]
     if not (run / checkpoint.CONFIG).is_file():
+        if strangers:
+            raise ValueError(f"{run}: holds {' and '.join(strangers)} of an unknown run; choose another folder")
         return None
-    config = read_json(run / checkpoint.CONFIG)
-    then, now = ({**facts, **facts.get("settings", {})} for facts in (config, identity))
-    free = (
-        "settings",
-        "data",
-        "init",
-        "out",
-        "project",
-    )  # where data and weights lie may change, what they are may not
-    changed = [f"  {key}: {then.get(key)} there, {now[key]} now" for key in now if then.get(key) != now[key]]
-    changed = [line for line in changed if line.split(":")[0].strip() not in free]
+    config = checkpoint.read_config(run)
+    then, now = ({**facts, **facts["settings"]} for facts in (config, identity))
+    changed = [
+        f"  {key}: {then.get(key)} there, {now[key]} now"
+        for key in now
+        if key not in FREE and then.get(key) != now[key]
+    ]
     if changed:
         raise ValueError(
             "\n".join([f"{run} was begun with other settings; choose another folder or delete it:", *changed])
         )
-    return config
+    return config if strangers else None  # nothing was trained yet: begin anew
+
+
+def warn_of_moving(config: dict, model: nn.Module) -> None:
+    """Warn when a run goes on where its numbers may come out differently."""
+    here = {"device": device.device_name(next(model.parameters()).device), "torch": str(torch.__version__)}
+    moved = [f"{key} {config[key]} then, {value} now" for key, value in here.items() if config[key] != value]
+    if moved:
+        warnings.warn(f"going on elsewhere ({'; '.join(moved)}): the last digits may differ", stacklevel=3)
 
 
 def describe(settings: Settings, train_set: SegmentationSet, val_set: SegmentationSet, model: nn.Module) -> dict:
@@ -174,7 +211,7 @@ def describe(settings: Settings, train_set: SegmentationSet, val_set: Segmentati
         "val_note": val_set.split.note,
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "device": device.device_name(next(model.parameters()).device),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "commit": commit(),
     }
 
@@ -195,7 +232,7 @@ def commit() -> str:
 
 def forecast(settings: Settings, train_set: SegmentationSet, val_set: SegmentationSet) -> float:
     """Seconds that training will take here, from a few measured steps; an evaluated image counts a third."""
-    model = build_model(settings, train_set.class_set.name, len(train_set.class_set))
+    model = build_model(settings, train_set.class_set)
     precision = device.choose_precision(settings.precision, model, train_set.size)
     per_image = device.seconds_per_image(model, train_set.size, precision)
     return settings.epochs * (len(train_set) + len(val_set) / 3) * per_image

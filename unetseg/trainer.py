@@ -1,0 +1,127 @@
+"""One step of training, and all that a step changes: safe against numbers that are not finite and too little memory."""
+
+import sys
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .device import autocast
+
+LossFn = Callable[[Tensor, Tensor], Tensor]
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the message says why, and where the best weights so far are."""
+
+
+class Trainer:
+    """A model with all that changes while it trains: optimiser, schedule, loss scale, size of the parts of a batch.
+
+    AdamW (Loshchilov & Hutter, ICLR 2019) under the one-cycle schedule (Smith, 2018), gradients clipped to norm 1.
+    """
+
+    def __init__(self, model: nn.Module, num_steps: int, lr: float, weight_decay: float, precision: str) -> None:
+        self.device = next(model.parameters()).device
+        self.model, self.precision = model.to(memory_format=torch.channels_last), precision
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, max_lr=lr, total_steps=max(num_steps, 6), pct_start=0.2, cycle_momentum=False
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.part = sys.maxsize  # images that go through the network at once
+        self.statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]  # of BatchNorm
+
+    @property
+    def lr(self) -> float:
+        return self.scheduler.get_last_lr()[0]
+
+    @property
+    def parts(self) -> dict:
+        return {key: getattr(self, key) for key in ("model", "optimizer", "scheduler", "scaler")}
+
+    def state(self) -> dict:
+        return {key: part.state_dict() for key, part in self.parts.items()} | {"part": self.part}
+
+    def load(self, state: dict) -> None:
+        for key, part in self.parts.items():
+            part.load_state_dict(state[key])
+        self.part = state["part"]
+
+    def step(self, images: Tensor, masks: Tensor, loss_fn: LossFn) -> tuple[Tensor, Tensor]:
+        """One update; returns the loss, and whether it and the gradient were finite, both () and still on the device.
+
+        Where they were not, weights, optimiser and BatchNorm's statistics stay as they were; the schedule moves on.
+        """
+        before = [buffer.clone() for buffer in self.statistics]
+        loss = self._backward(images.contiguous(memory_format=torch.channels_last), masks, loss_fn, before)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        finite = loss.isfinite() & norm.isfinite()
+        self.optimizer.found_inf = (~finite).float()  # the fused optimiser looks at it, without making a GPU wait
+        self.optimizer.step()
+        self.scaler.update()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for buffer, old in zip(self.statistics, before):
+            buffer.copy_(torch.where(finite, buffer, old))
+        return loss, finite
+
+    def _backward(self, images: Tensor, masks: Tensor, loss_fn: LossFn, statistics: list[Tensor]) -> Tensor:
+        """Gradients of the loss; where memory does not suffice, again in parts of half as many images."""
+        while True:
+            try:
+                return self._backward_in_parts(images, masks, loss_fn, statistics)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+            largest = min(self.part, len(images))
+            if largest == 1:
+                raise TrainingStopped("out of memory with one image at a time; choose fewer channels or smaller images")
+            self.part = (largest + 1) // 2
+            self.optimizer.zero_grad(set_to_none=True)
+            self._restore(statistics)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            warnings.warn(
+                f"out of memory with {largest} images at a time; going on with {self.part} at a time, same batch size "
+                "(BatchNorm then sees fewer images at once)",
+                stacklevel=3,
+            )
+
+    def _backward_in_parts(self, images: Tensor, masks: Tensor, loss_fn: LossFn, statistics: list[Tensor]) -> Tensor:
+        """Gradients of the loss over the whole batch, which goes through the network in parts; returns the loss.
+
+        With several parts, the loss and its gradient at the logits are taken on all of them, before each part goes
+        through once more. After Gao et al., "Scaling Deep Contrastive Learning Batch Size", RepL4NLP 2021.
+        """
+        if self.part >= len(images):
+            loss = loss_fn(forward(self.model, images, self.precision), masks)
+            self.scaler.scale(loss).backward()
+            return loss.detach()
+        with torch.no_grad():
+            logits = forward(self.model, images, self.precision, self.part)
+        loss = loss_fn(logits.requires_grad_(), masks)
+        self.scaler.scale(loss).backward()
+        self._restore(statistics)  # the second time through counts
+        for part, gradient in zip(images.split(self.part), logits.grad.split(self.part)):
+            forward(self.model, part, self.precision).backward(gradient)
+        return loss.detach()
+
+    def _restore(self, statistics: list[Tensor]) -> None:
+        for buffer, old in zip(self.statistics, statistics):
+            buffer.copy_(old)
+
+
+def forward(model: nn.Module, images: Tensor, precision: str, part: int = sys.maxsize) -> Tensor:
+    """Logits (N, C, H, W) of images (N, 3, H, W), `part` of them at a time."""
+    with autocast(images.device, precision):
+        if part >= len(images):
+            return model(images)
+        return torch.cat([model(some) for some in images.split(part)])
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error means that the GPU's or the machine's memory did not suffice."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
