@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+import zlib
 from collections.abc import Callable, Collection
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -30,16 +31,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from unetseg.classes import CLASS_SETS, IGNORE_INDEX, ClassSet
-from unetseg.files import atomic_open, write_json
+from unetseg.files import atomic_open, exclusive, read_bytes, write_json
+from unetseg.pictures import BadFile, read_png
 from unetseg.pool import worker_pool
 
 log = logging.getLogger("preprocessing")
 DEFAULT_CLASSES = {"cityscapes": "cityscapes7", "camvid": "camvid7"}
 DEFAULT_SPLITS = {"cityscapes": ("train", "val"), "camvid": ("train", "val", "test")}
-
-
-class BadFile(ValueError):
-    """A file that cannot be used; the message names it, what was expected and what was found."""
 
 
 @dataclass(frozen=True)
@@ -129,33 +127,6 @@ def _why_unpaired(root: Path, layout: str, split: str, stem: str, images: dict, 
     return f"{image}: expected its label file {expected}, found {found}"
 
 
-def read_png(path: Path, mode: str) -> np.ndarray:
-    """Decode an 8-bit PNG: mode "RGB" gives (H, W, 3) in OpenCV's BGR order, mode "L" gives (H, W); uint8.
-
-    Pillow checks the header and every chunk's checksum, OpenCV decodes (it alone would pass over a truncated file).
-    Raises BadFile when the file is damaged or of another mode, OSError when it cannot be read.
-    """
-    encoded = path.read_bytes()
-    try:
-        with Image.open(BytesIO(encoded), formats=["PNG"]) as header:
-            (width, height), found = (
-                header.size,
-                header.mode if encoded[24] == 8 else f"{encoded[24]}-bit {header.mode}",
-            )
-            found += " with transparency" if "transparency" in header.info else ""
-            header.verify()
-        decoded = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED) if found == mode else None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, cv2.error) as error:
-        reason = "no PNG, or a truncated one" if "identify" in str(error) else str(error)
-        raise BadFile(f"{path}: expected a whole PNG file, found {len(encoded)} bytes ({reason})") from None
-    if found != mode:
-        kind = {"RGB": "an 8-bit RGB image", "L": "8-bit single-channel ids"}[mode]
-        raise BadFile(f"{path}: expected {kind} (mode {mode}), found mode {found}")
-    if decoded is None or decoded.shape != ((height, width, 3) if mode == "RGB" else (height, width)):
-        raise BadFile(f"{path}: expected a whole PNG file, found damaged image data")
-    return decoded
-
-
 def shrink_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Average areas down to `size` (width, height); uint8 in, uint8 out (enlarging interpolates linearly)."""
     shrinks = image.shape[1] >= size[0] and image.shape[0] >= size[1]
@@ -168,6 +139,12 @@ def shrink_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     rows = (2 * np.arange(out_height) + 1) * height // (2 * out_height)
     cols = (2 * np.arange(out_width) + 1) * width // (2 * out_width)
     return mask[rows[:, None], cols]
+
+
+def count_ids(labels: np.ndarray) -> np.ndarray:
+    """Pixels per source id (256,) int64 of (H, W) uint8 ids."""
+    parts = np.array_split(labels, 1 + labels.size // 2**23)  # OpenCV's float32 counts are exact up to 2**24
+    return sum(cv2.calcHist([part], [0], None, [256], [0, 256]).ravel().astype(np.int64) for part in parts if len(part))
 
 
 def count_classes(histogram: np.ndarray, class_set: ClassSet) -> list[int]:
@@ -198,61 +175,65 @@ def process(pair: Pair, split: str, output: Path, settings: Settings, overwrite:
     except BadFile as error:
         return Record(pair.stem, error=str(error))
     except (OSError, MemoryError, cv2.error) as error:
-        return Record(pair.stem, error=f"{pair.image}: {type(error).__name__}: {error}")
+        where = error.filename if isinstance(error, OSError) and error.filename else pair.image
+        return Record(
+            pair.stem, error=f"{where}: {getattr(error, 'strerror', None) or f'{type(error).__name__} {error}'}"
+        )
 
 
 def find_made(pair: Pair, image_path: Path, mask_path: Path, settings: Settings, origin: dict) -> Record | None:
-    """The record of an earlier run's files, if they are there and were made from the same settings and sources."""
+    """The record of an earlier run's files, if they are there, whole, and made from the same settings and sources."""
     try:
-        image = np.load(image_path, mmap_mode="r", allow_pickle=False)
-        if image.shape != (*settings.size[::-1], 3) or image.dtype != settings.dtype:
-            return None
         if pair.labels is None:
+            image = np.load(image_path, mmap_mode="r", allow_pickle=False)
+            same = image.shape == (*settings.size[::-1], 3) and image.dtype == settings.dtype
             newer = image_path.stat().st_mtime_ns >= pair.image.stat().st_mtime_ns
-            return Record(pair.stem, reused=True) if newer else None
-        with Image.open(mask_path, formats=["PNG"]) as mask:
-            note = json.loads(mask.text["unetseg"])
-        same = note.pop("origin") == json.loads(json.dumps(origin))
-        return Record(pair.stem, **note, reused=True) if same else None
-    except (OSError, EOFError, SyntaxError, ValueError, KeyError, TypeError):
+            return Record(pair.stem, reused=True) if same and newer else None
+        note = json.loads(read_png(mask_path, "L")[1]["unetseg"])
+        checks = {"origin": json.loads(json.dumps(origin)), "image_crc32": zlib.crc32(read_bytes(image_path))}
+        counts = {key: note[key] for key in ("source_size", "full_resolution", "resized")}
+        return Record(pair.stem, **counts, reused=True) if checks.items() <= note.items() else None
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def make(pair: Pair, image_path: Path, mask_path: Path, settings: Settings, origin: dict) -> Record:
     """Read, check, shrink and write one pair; the mask comes last and vouches for the image."""
     class_set, record = CLASS_SETS[settings.class_set], Record(pair.stem)
-    image = read_png(pair.image, "RGB")
+    image, _ = read_png(pair.image, "RGB")
     if pair.labels:
-        labels = read_png(pair.labels, "L")
+        labels, _ = read_png(pair.labels, "L")
         if labels.shape != image.shape[:2]:
             sizes = [f"{array.shape[1]}x{array.shape[0]}" for array in (image, labels)]
             raise BadFile(f"{pair.labels}: expected the image's size {sizes[0]}, found {sizes[1]}")
-        histogram = np.bincount(labels.ravel(), minlength=256)
+        histogram = count_ids(labels)
         check_ids(histogram, class_set, pair.labels)
         small = shrink_mask(labels, settings.size)
-        resized = count_classes(np.bincount(small.ravel(), minlength=256), class_set)
+        resized = count_classes(count_ids(small), class_set)
         record = Record(pair.stem, image.shape[1::-1], count_classes(histogram, class_set), resized)
     mask_path.unlink(missing_ok=True)
-    save_image(image_path, shrink_image(image, settings.size)[..., ::-1], settings.dtype)
+    crc32 = save_image(image_path, shrink_image(image, settings.size)[..., ::-1], settings.dtype)
     if pair.labels:
-        save_mask(mask_path, class_set.lookup[small], record, origin)
+        save_mask(mask_path, class_set.lookup[small], record, {"origin": origin, "image_crc32": crc32})
     return record
 
 
-def save_image(path: Path, image: np.ndarray, dtype: str) -> None:
-    """Store a (H, W, 3) uint8 image as k/255 in a float dtype, or k itself in uint8."""
-    stored = image if dtype == "uint8" else (image / np.float32(255)).astype(dtype)
+def save_image(path: Path, image: np.ndarray, dtype: str) -> int:
+    """Store a (H, W, 3) uint8 image as k/255 in a float dtype, or k itself in uint8; returns the file's CRC-32."""
+    stored, content = image if dtype == "uint8" else (image / np.float32(255)).astype(dtype), BytesIO()
+    np.save(content, np.ascontiguousarray(stored), allow_pickle=False)
     with atomic_open(path) as file:
-        np.save(file, np.ascontiguousarray(stored), allow_pickle=False)
+        file.write(content.getbuffer())
+    return zlib.crc32(content.getbuffer())
 
 
 def save_mask(path: Path, mask: np.ndarray, record: Record, origin: dict) -> None:
-    """Store class ids with a note of where they come from and what the source held."""
-    kept = ("source_size", "full_resolution", "resized")
-    note = PngImagePlugin.PngInfo()
-    note.add_text("unetseg", json.dumps({"origin": origin} | {key: getattr(record, key) for key in kept}))
+    """Store class ids with a note of where they come from, what the source held, and the image's checksum."""
+    kept, content, note = ("source_size", "full_resolution", "resized"), BytesIO(), PngImagePlugin.PngInfo()
+    note.add_text("unetseg", json.dumps(origin | {key: getattr(record, key) for key in kept}))
+    Image.fromarray(mask).save(content, format="PNG", pnginfo=note)
     with atomic_open(path) as file:
-        Image.fromarray(mask).save(file, format="PNG", pnginfo=note)
+        file.write(content.getbuffer())
 
 
 def process_split(pool: ProcessPoolExecutor, split: str, pairs: list[Pair], **job) -> list[Record]:
@@ -333,21 +314,26 @@ def draw(output: Path, stats: dict, num_samples: int) -> None:
         plots.save(plots.panels(rows, ["image", "mask", "overlay"], class_set), folder / f"{split}_samples.jpg")
 
 
-def report(split: str, records: list[Record], stats: dict) -> None:
-    """Log the split's outcome: counts, class distribution, and every file left out."""
+def report_errors(split: str, records: list[Record]) -> None:
+    """Log how many pairs of a split came to what, and every file left out."""
     errors = [record.error for record in records if record.error]
     reused = sum(record.reused for record in records)
     made = len(records) - reused - len(errors)
     log.info("%s: %d images made, %d skipped (already there), %d left out", split, made, reused, len(errors))
-    if "pixels" in stats:
-        pixels = stats["pixels"]["full_resolution"]
-        total = sum(pixels.values())
-        log.info("  %s", " · ".join(f"{name} {100 * count / total:.1f} %" for name, count in pixels.items()))
-        for name, stems in stats["edge_cases"]["lost_by_shrinking"].items():
-            if stems:
-                log.info("  %s vanishes from %d masks at this size", name, len(stems))
     for error in errors:
         log.error("  left out: %s", error)
+
+
+def report(stats: dict) -> None:
+    """Log a split's class distribution, and classes lost by shrinking."""
+    if "pixels" not in stats:
+        return
+    pixels = stats["pixels"]["full_resolution"]
+    total = sum(pixels.values())
+    log.info("  %s", " · ".join(f"{name} {100 * count / total:.1f} %" for name, count in pixels.items()))
+    for name, stems in stats["edge_cases"]["lost_by_shrinking"].items():
+        if stems:
+            log.info("  %s vanishes from %d masks at this size", name, len(stems))
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -415,7 +401,7 @@ def run(args: argparse.Namespace) -> int:
         raise BadFile(f"{args.data_dir}: expected a class set for {layout}, found --classes {settings.class_set}")
     splits = choose_splits(args.data_dir, layout, args.splits)
     left_out = 0
-    with worker_pool(args.workers) as pool:
+    with exclusive(args.output_dir, wait=True), worker_pool(args.workers) as pool:
         for split in splits:
             pairs, records = list_pairs(args.data_dir, layout, split)
             if not pairs and not records:
@@ -424,11 +410,15 @@ def run(args: argparse.Namespace) -> int:
                 )
             job = {"output": args.output_dir, "settings": settings, "overwrite": args.overwrite}
             records += process_split(pool, split, pairs, **job)
+            report_errors(split, records)
+            left_out += sum(bool(record.error) for record in records)
+            if all(record.error for record in records):
+                log.error("%s: nothing usable; what earlier runs made of it is left as it is", split)
+                continue
             stats = write_stats(args.output_dir, split, layout, settings, sorted(records, key=lambda r: r.stem))
-            report(split, records, stats)
+            report(stats)
             if "pixels" in stats:
                 draw(args.output_dir, stats, args.sample_size)
-            left_out += len(stats["left_out"])
     log.info("written to %s: images_processed, masks_processed, stats_*.json, visualizations", args.output_dir)
     return left_out
 

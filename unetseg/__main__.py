@@ -98,11 +98,14 @@ def train(args: argparse.Namespace) -> int:
     print(f"train: {train_set.split.note}; val: {val_set.split.note}")
     if STAGES[settings.stage].weighted:
         print(weights_table(train_set, class_weights(train_set.num_pixels, settings.weighting)))
-    history = stages.train(settings, train_set, val_set, STARTED)
-    if history:
-        best = max(history, key=lambda row: row["val_miou"])
-        where = f"at epoch {best['epoch']:.0f} of {settings.epochs}"
-        print(f"best val mIoU {best['val_miou']:.4f} (void={settings.void}) {where}")
+    try:
+        history = stages.train(settings, train_set, val_set, STARTED)
+    except stages.OutOfTime as out:
+        print(out)
+        return 0
+    best = max(history, key=lambda row: row["val_miou"])
+    where = f"at epoch {best['epoch']:.0f} of {settings.epochs}"
+    print(f"best val mIoU {best['val_miou']:.4f} (void={settings.void}) {where}")
     print(f"written to {settings.out}")
     return 0
 

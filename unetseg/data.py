@@ -1,5 +1,9 @@
 """The processed folder as data sets in memory: splits, checks, class frequencies and weights, batches."""
 
+import io
+import json
+import math
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,14 +11,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .augment import epoch_draws
 from .classes import CLASS_SETS, IGNORE_INDEX, ClassSet
-from .files import read_json
+from .files import read_bytes, read_json
+from .pictures import read_png
 
 PEOPLE = ("person", "rider", "pedestrian", "bicyclist")
 WEIGHTINGS = ("sqrt", "inverse", "median", "enet", "none")
@@ -102,19 +106,17 @@ def load_split(processed: Path, name: str, void: str = "ignore") -> Segmentation
     class_set = CLASS_SETS[stats["class_set"]]
     if void not in class_set.void_rules:
         raise ValueError(f"void rule: expected one of {class_set.void_rules} for {class_set.name}, found {void!r}")
-    (width, height), folder = stats["size"], split.folder
+    width, height = stats["size"]
     images = np.empty((len(split.stems), height, width, 3), np.uint8)
     masks = np.empty((len(split.stems), height, width), np.uint8)
-    problems = []
+    num_pixels, problems = np.empty((len(split.stems), len(class_set) + 1), np.int64), []
     for row, stem in enumerate(tqdm(split.stems, desc=f"reading {name}", unit="img", leave=False, delay=1)):
         try:
-            images[row] = _read_image(processed / "images_processed" / folder / f"{stem}.npy", images.shape[1:])
-            masks[row] = _read_mask(processed / "masks_processed" / folder / f"{stem}.png", class_set, masks.shape[1:])
+            images[row], masks[row], num_pixels[row] = _read_pair(processed, split, stem, class_set, (width, height))
         except (ValueError, OSError) as error:
             problems.append(str(error))
     if problems:
         raise ValueError("\n".join([f"{len(problems)} unusable files; rerun preprocessing:", *problems]))
-    num_pixels = np.array([stats["files"][stem]["resized"] for stem in split.stems])
     if void == "background":
         masks[masks == IGNORE_INDEX] = 0
         num_pixels[:, 0] += num_pixels[:, -1]
@@ -171,9 +173,16 @@ def _stats(processed: Path, folder: str) -> dict:
     if not path.is_file():
         raise ValueError(f"{path}: expected what preprocessing writes, found nothing; run preprocessing first")
     stats = read_json(path)
-    missing = {"layout", "class_set", "size", "files"} - stats.keys()
-    if missing or stats["class_set"] not in CLASS_SETS:
-        raise ValueError(f"{path}: expected a known class set and files, found {missing or stats['class_set']}; rerun")
+    size, files = stats.get("size"), stats.get("files")
+    sound = {
+        "layout": stats.get("layout") in ("cityscapes", "camvid"),
+        "class_set": isinstance(stats.get("class_set"), str) and stats["class_set"] in CLASS_SETS,
+        "size": isinstance(size, list) and len(size) == 2 and all(type(n) is int and 8 <= n <= 8192 for n in size),
+        "files": isinstance(files, dict),
+    }
+    for key, good in sound.items():
+        if not good:
+            raise ValueError(f"{path}: expected what preprocessing writes, found {key} {stats.get(key)!r}; rerun it")
     return stats
 
 
@@ -191,34 +200,43 @@ def _stems(processed: Path, folder: str) -> list[str]:
     return sorted(images)
 
 
-def _read_image(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """A stored image as uint8: k from uint8, and from a float k/255. Raises ValueError naming the file."""
-    try:
-        stored = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path}: expected a .npy array, found {error}") from None
-    if stored.shape != shape or stored.dtype.name not in ("uint8", "float16", "float32"):
-        raise ValueError(f"{path}: expected {shape} float32, float16 or uint8, found {stored.shape} {stored.dtype}")
-    if stored.dtype == np.uint8:
-        return stored
-    if not (stored.min() >= 0 and stored.max() <= 1):  # also false for NaN
-        raise ValueError(f"{path}: expected values in [0, 1], found {stored.min()} to {stored.max()}")
-    return np.rint(stored * np.float32(255)).astype(np.uint8)
-
-
-def _read_mask(path: Path, class_set: ClassSet, shape: tuple[int, int]) -> np.ndarray:
-    """A stored mask, (H, W) uint8. Raises ValueError naming the file."""
-    try:
-        with Image.open(path, formats=["PNG"]) as file:
-            mode, mask = file.mode, np.array(file)
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: expected a PNG mask, found {error}") from None
-    if mode != "L" or mask.shape != shape:
-        raise ValueError(f"{path}: expected mode L, {shape}, found mode {mode}, {mask.shape}")
-    bad = sorted(set(np.unique(mask).tolist()) - {*range(len(class_set)), IGNORE_INDEX})
+def _read_pair(
+    processed: Path, split: Split, stem: str, class_set: ClassSet, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image (H, W, 3) uint8, mask (H, W) uint8, pixels per class and void (C + 1,). Raises ValueError naming a file."""
+    mask_path = processed / "masks_processed" / split.folder / f"{stem}.png"
+    image_path = processed / "images_processed" / split.folder / f"{stem}.npy"
+    mask, texts = read_png(mask_path, "L")
+    if mask.shape != size[::-1]:
+        raise ValueError(f"{mask_path}: expected {size[::-1]}, found {mask.shape}")
+    counts = cv2.calcHist([mask], [0], None, [256], [0, 256]).ravel().astype(np.int64)
+    bad = sorted({*np.flatnonzero(counts).tolist()} - {*range(len(class_set)), IGNORE_INDEX})
     if bad:
-        raise ValueError(f"{path}: expected values 0..{len(class_set) - 1} or {IGNORE_INDEX}, found {bad}")
-    return mask
+        raise ValueError(f"{mask_path}: expected values 0..{len(class_set) - 1} or {IGNORE_INDEX}, found {bad}")
+    image = _read_image(image_path, (*size[::-1], 3), texts.get("unetseg"))
+    return image, mask, np.append(counts[: len(class_set)], counts[IGNORE_INDEX])
+
+
+def _read_image(path: Path, shape: tuple[int, ...], note: str | None) -> np.ndarray:
+    """A stored image as uint8: k from uint8, and from a float k/255. Raises ValueError naming the file.
+
+    note  what preprocessing wrote into the mask; its checksum must be the file's
+    """
+    try:
+        content = read_bytes(path, most=4 * math.prod(shape) + 4096)
+        crc32 = json.loads(note)["image_crc32"] if note else None
+        stored = np.load(io.BytesIO(content), allow_pickle=False)
+        found = stored.shape, stored.dtype.name
+    except Exception as error:  # numpy names no common base for what damaged files raise
+        reason = str(error).removeprefix(f"{path}: ") or type(error).__name__
+        raise ValueError(f"{path}: expected the .npy array that preprocessing wrote, found {reason}") from None
+    if found[0] != shape or found[1] not in ("uint8", "float16", "float32"):
+        raise ValueError(f"{path}: expected {shape} float32, float16 or uint8, found {found[0]} {found[1]}")
+    if stored.dtype != np.uint8 and not (stored.min() >= 0 and stored.max() <= 1):  # also true for NaN
+        raise ValueError(f"{path}: expected values in [0, 1], found {stored.min()} to {stored.max()}")
+    if crc32 is not None and crc32 != zlib.crc32(content):
+        raise ValueError(f"{path}: expected the array that preprocessing wrote, found another (wrong checksum)")
+    return stored if stored.dtype == np.uint8 else np.rint(stored * np.float32(255)).astype(np.uint8)
 
 
 def class_weights(num_pixels: np.ndarray, weighting: str = "sqrt") -> np.ndarray:

@@ -12,8 +12,7 @@ from typing import IO
 
 from filelock import FileLock, Timeout
 
-MAX_PIXELS = 8192 * 4096  # a picture that declares more is refused before it is decoded
-MAX_BYTES = 1 << 28  # and so is a larger file
+MAX_BYTES = 1 << 28  # what a file may have that is read whole
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp", re.DOTALL)
 
 

@@ -1,11 +1,12 @@
 """Trained weights at work: the scores of a split, and predictions for pictures of any size."""
 
+import os
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -13,9 +14,10 @@ from tqdm import tqdm
 from . import checkpoint, device, engine, losses
 from .classes import CLASS_SETS, ClassSet
 from .data import Batches, SegmentationSet, load_split, scored_split
-from .files import atomic_open, read_json, write_json
+from .files import atomic_open, exclusive, read_json, write_json
 from .metrics import scores
 from .model import MOST, UNet
+from .pictures import BadFile, read_photo
 from .plots import overlay
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -72,6 +74,8 @@ def evaluate_run(run: Path, processed: Path, split: str | None = None) -> dict:
         "rules": {rule: scores(result.confusion, names, rule) for rule in dataset.class_set.void_rules},
         "confusion": result.confusion.tolist(),
         "best_epoch": int(metadata["epoch"]),
+        "epochs": len(history),
+        "planned_epochs": config["settings"]["epochs"],
         "train_seconds": sum(row["seconds"] for row in history),
         "images_per_second": result.images_per_second,
         **{key: config[key] for key in ("seed", "parameters", "precision", "device", "torch", "commit")},
@@ -85,6 +89,8 @@ def results_table(results: dict) -> str:
     lines = [f"{results['run']}: {results['split_note']} ({results['split']}), {'x'.join(map(str, results['size']))}"]
     if results["split"].startswith("val"):
         lines.append("the best epoch was chosen on val, so these scores flatter")
+    if results["epochs"] < results["planned_epochs"]:
+        lines.append(f"training is not finished: {results['epochs']} of {results['planned_epochs']} epochs are done")
     for rule, score in results["rules"].items():
         mark = " (trained under this rule)" if rule == results["trained_void"] else ""
         lines.append(f"void={rule}{mark}: mIoU {score['miou'] or 0:.4f}, pixel accuracy {score['accuracy']:.4f}")
@@ -161,14 +167,17 @@ def predict_files(run_or_weights: Path, inputs: list[Path], out: Path) -> list[s
     model, metadata = best_model(run_or_weights)
     class_set, size = CLASS_SETS[metadata["class_set"]], (int(metadata["width"]), int(metadata["height"]))
     paths, problems = _find_images(inputs)
-    paths = [path for path in paths if not path.resolve().is_relative_to(out.resolve())]  # our own earlier output
-    for path in tqdm(paths, unit="img", delay=1):
-        try:
-            with Image.open(path) as file:
-                image = np.array(ImageOps.exif_transpose(file).convert("RGB"))
-            _write(out, path.stem, image, predict(model, image, size), class_set)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            problems.append(f"{path}: expected a readable image, found {error}")
+    with exclusive(out, wait=True):
+        for path in tqdm(paths, unit="img", delay=1):
+            if os.path.realpath(path).startswith(os.path.join(os.path.realpath(out), "")):
+                continue  # our own earlier output
+            try:
+                image = read_photo(path)
+                _write(out, path.stem, image, predict(model, image, size), class_set)
+            except BadFile as error:
+                problems.append(str(error))
+            except OSError as error:
+                problems.append(f"{error.filename or path}: {error.strerror}")
     return problems
 
 

@@ -23,10 +23,14 @@ from .model import UNet
 from .session import Session
 from .settings import STAGES, Settings, resolve
 from .tracking import Tracker
-from .trainer import LossFn, Trainer
+from .trainer import LossFn, Trainer, TrainingStopped
 
 # What may differ in a run that goes on: where data and weights lie (what they are may not), and when to stop.
 FREE = ("settings", "data", "init", "out", "project", "max_minutes")
+
+
+class OutOfTime(TrainingStopped):
+    """settings.max_minutes were over before the first epoch was, so there are no weights yet; the state is saved."""
 
 
 def load_sets(settings: Settings) -> tuple[SegmentationSet, SegmentationSet]:
@@ -99,7 +103,7 @@ def train(
     started             the time.monotonic() that settings.max_minutes count from (default: now); when they are over,
                         the history is shorter than settings.epochs, and the state is saved
     Raises ValueError when the run folder belongs to other settings or another process is at work in it,
-    TrainingStopped when training cannot go on.
+    TrainingStopped when training cannot go on, OutOfTime before the first epoch.
     """
     settings, session = resolve(settings), Session(settings.max_minutes, started)
     run, identity = Path(settings.out), identify(settings, train_set)
@@ -142,6 +146,8 @@ def run_stage(
             log_best(run, val_set, settings.void, tracker)
     finally:
         tracker.finish()
+    if not history:
+        raise OutOfTime(f"{run}: no epoch was finished in {settings.max_minutes} minutes; the same again goes on")
     return history
 
 
