@@ -1,17 +1,24 @@
+"""W&B as it is with no account, a wrong key, and servers that refuse, hang, drop the line or vanish."""
+
 import json
-import socket
+import os
+import signal
+import threading
+import time
 import warnings
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-import wandb
 
-from unetseg import tracking
-from unetseg.tracking import Tracker, choose_mode
+from unetseg.tracking import Mirror, Tracker, choose_mode
 
 NAMES = ("road", "person")
 RECORD = {"epoch": 1, "lr": 1e-3, "images_per_second": 9.0, "train_loss": 1.0, "val_loss": 1.1, "val_miou": 0.4}
-RECORD["scores"] = {"classes": {"road": {"iou": 0.6}, "person": {"iou": None}}}
+RECORD |= {"skipped": 0, "scores": {"classes": {"road": {"iou": 0.6}, "person": {"iou": None}}}}
+IDS = np.stack([np.zeros((8, 8)), np.eye(8)]).astype(np.uint8)
+PICTURES = np.stack([IDS * 255] * 3, axis=-1), IDS, 1 - IDS
+KEY = "5ec7e7" * 6 + "0000"
 
 
 @pytest.fixture
@@ -21,51 +28,117 @@ def no_account(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
-def test_without_a_key_the_run_is_offline(no_account):
-    assert choose_mode() == "offline"
+class Server(ThreadingHTTPServer):
+    """As much of W&B's server as a run needs to begin; `how` it answers may change at any time."""
+
+    daemon_threads = True
+
+    def __init__(self, how):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.how, self.over = how, threading.Event()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
-def test_an_explicit_mode_is_obeyed(no_account, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert choose_mode() == "disabled"
+class Answer(BaseHTTPRequestHandler):
+    def do_POST(self):
+        question = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.server.how == "hang":
+            self.server.over.wait()
+        if self.server.how in ("hang", "drop"):
+            return
+        run = {"id": "r", "name": "r", "project": {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}}
+        known = {"upsertBucket": {"bucket": run, "inserted": True}} if b"upsertBucket" in question else {}
+        body = json.dumps({"data": {"viewer": {"id": "1", "entity": "e"}, **known}}).encode()
+        self.send_response({"ok": 200, "wrong key": 401, "broken": 502}[self.server.how])
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_PUT = do_POST
+
+    def log_message(self, *args):
+        pass
 
 
-def test_online_without_a_key_is_offline_instead_of_a_prompt(no_account, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "online")
-    assert choose_mode() == "offline"
+@pytest.fixture
+def server(no_account, monkeypatch, request):
+    """A server that answers as the test's parameter says; None: nobody listens."""
+    server = Server(request.param or "ok")
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    if request.param is None:
+        server.shutdown()
+        server.server_close()
+    yield server
+    server.over.set()
+    server.shutdown()
 
 
-def test_nonsense_in_the_environment_does_not_stop_training(no_account, monkeypatch, tmp_path):
-    monkeypatch.setenv("WANDB_MODE", "bogus")
-    with pytest.warns(UserWarning, match="start failed"):
+def logged(run):
+    """What W&B's transaction log of a run holds, as bytes."""
+    (log,) = [path for path in run.rglob("*.wandb") if not path.parent.is_symlink()]
+    return log.read_bytes()
+
+
+@pytest.mark.parametrize("asked, mode", [(None, "offline"), ("disabled", "disabled"), ("online", "offline")])
+def test_the_mode_without_a_key(no_account, monkeypatch, asked, mode):
+    if asked:
+        monkeypatch.setenv("WANDB_MODE", asked)
+    said = []
+    assert choose_mode(said.append) == mode and said == []
+
+
+@pytest.mark.parametrize("server, said", [
+    ("ok", ""),
+    ("wrong key", "127.0.0.1 does not take the key"),
+    ("broken", "127.0.0.1 answers with HTTP status 502"),
+    ("hang", "127.0.0.1 does not answer"),
+    ("drop", "127.0.0.1 does not answer"),
+    (None, "127.0.0.1 does not answer"),
+], indirect=["server"])  # fmt: skip
+def test_a_server_that_cannot_be_used_means_offline(server, said, monkeypatch):
+    monkeypatch.setattr("unetseg.tracking.PATIENCE", 1)
+    heard = []
+    assert choose_mode(heard.append) == ("offline" if said else "online")
+    assert heard == ([f"{said}; logging offline, `wandb sync` uploads later"] if said else [])
+
+
+@pytest.mark.parametrize("server", ["wrong key", "drop", None], indirect=True)
+def test_a_run_goes_through_with_one_warning_whatever_the_server_does(server, tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         tracker = Tracker("test", tmp_path / "run", {"stage": "scratch"})
+        tracker.epoch(RECORD)
+        tracker.finish()
+    assert len(caught) == 1 and "logging offline" in str(caught[0].message) and KEY not in str(caught[0].message)
+    assert b"val/miou" in logged(tmp_path / "run")
+
+
+@pytest.mark.parametrize("server", ["ok"], indirect=True)
+@pytest.mark.parametrize("then", ["hang", "drop"])
+def test_a_network_that_goes_in_the_middle_holds_nothing_up(server, then, tmp_path):
+    tracker = Tracker("test", tmp_path / "run", {"stage": "scratch"})
+    assert tracker.started.wait(60)
     tracker.epoch(RECORD)
-    tracker.finish()
-
-
-def test_a_key_but_no_server_is_offline_with_one_warning(no_account, monkeypatch):
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        port = closed.getsockname()[1]
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
-    with pytest.warns(UserWarning, match="does not answer") as caught:
-        assert choose_mode() == "offline"
-    assert len(caught) == 1 and "kkkk" not in str(caught[0].message)
+    server.how = then
+    tracker.epoch(RECORD | {"epoch": 2})
+    start = time.monotonic()
+    with pytest.warns(UserWarning, match="does not answer; `wandb sync` uploads later") as caught:
+        tracker.best(PICTURES, np.eye(2), NAMES, tmp_path / "none", {"stage": "scratch"})
+        tracker.finish()
+    assert len(caught) == 1 and time.monotonic() - start < 60 and not tracker.process.is_alive()
+    assert b"val/miou" in logged(tmp_path / "run") and KEY.encode() not in logged(tmp_path / "run")
 
 
 def test_everything_is_logged_offline(no_account, tmp_path):
     run = tmp_path / "home" / "scratch"
-    tracker = Tracker("test", run, {"stage": "scratch", "lr": 1e-3})
-    tracker.epoch(RECORD)
-    ids = np.stack([np.zeros((8, 8)), np.eye(8)]).astype(np.uint8)
-    tracker.pictures(np.stack([ids * 255] * 3, axis=-1), ids, 1 - ids, NAMES)
-    tracker.confusion(np.array([[5, 1], [2, 3]]), NAMES)
+    mirror = Mirror("test", run, {"stage": "scratch", "lr": 1e-3}, pytest.fail)
+    mirror.epoch(RECORD)
     (run / "model.safetensors").write_bytes(b"weights")
-    tracker.model(run / "model.safetensors", {"stage": "scratch"})
-    assert dict(tracker.wandb_run.config) == {"stage": "scratch", "lr": 1e-3}
-    summary = dict(tracker.wandb_run.summary)
-    tracker.finish()
+    mirror.best(PICTURES, np.array([[5, 1], [2, 3]]), NAMES, run / "model.safetensors", {"stage": "scratch"})
+    assert dict(mirror.run.config) == {"stage": "scratch", "lr": 1e-3}
+    summary = dict(mirror.run.summary)
+    mirror.finish()
     assert summary["val/iou/road"] == 0.6 and "val/iou/person" not in summary and summary["train/loss"] == 1.0
     (folder,) = (run / "wandb").glob("offline-run-*")
     media = [path.name for path in folder.rglob("*.*") if "media" in path.parts]
@@ -74,32 +147,44 @@ def test_everything_is_logged_offline(no_account, tmp_path):
     assert ["person", "road", 2] in json.loads(table.read_text())["data"]
 
 
-def test_a_tracker_that_cannot_start_stops_nothing(no_account, tmp_path, monkeypatch):
-    def fail(*args, **kwargs):
-        raise wandb.errors.CommError("no network")
-
-    monkeypatch.setattr(tracking.wandb, "init", fail)
-    with pytest.warns(UserWarning, match="start failed"):
-        tracker = Tracker("test", tmp_path / "run", {"stage": "scratch"})
+def test_a_tracker_logs_from_its_own_process(no_account, tmp_path):
+    tracker = Tracker("test", tmp_path / "run", {"stage": "scratch"})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tracker.epoch(RECORD)
-        tracker.pictures(np.zeros((1, 8, 8, 3), np.uint8), np.zeros((1, 8, 8)), np.zeros((1, 8, 8)), NAMES)
-        tracker.confusion(np.eye(2), NAMES)
-        tracker.model(tmp_path / "none", {"stage": "scratch"})
         tracker.finish()
+    assert b"val/miou" in logged(tmp_path / "run") and tracker.process.exitcode == 0
 
 
-def test_a_failure_while_logging_warns_once_and_falls_silent(no_account, tmp_path, monkeypatch):
-    tracker = Tracker("test", tmp_path / "run", {"stage": "scratch"})
-
-    class Broken:
-        def log(self, values):
-            raise OSError("disk full")
-
-    started, tracker.wandb_run = tracker.wandb_run, Broken()
-    with pytest.warns(UserWarning, match="disk full") as caught:
+@pytest.mark.parametrize("fault", ["nonsense in WANDB_MODE", "no folder can be made"])
+def test_a_run_that_cannot_start_stops_nothing(no_account, monkeypatch, tmp_path, fault):
+    if fault.startswith("nonsense"):
+        monkeypatch.setenv("WANDB_MODE", "bogus")
+    else:
+        (tmp_path / "file").touch()
+    with pytest.warns(UserWarning, match="logging stopped") as caught:
+        tracker = Tracker("test", tmp_path / "file" / "run", {"stage": "scratch"})
         tracker.epoch(RECORD)
-        tracker.epoch(RECORD)
+        tracker.finish()
     assert len(caught) == 1
-    started.finish()
+
+
+def test_a_folder_that_takes_no_writing_stops_nothing(no_account, tmp_path):
+    """A file where W&B's folder should be: not even the administrator can write into that."""
+    (tmp_path / "wandb").touch()
+    tracker = Tracker("test", tmp_path, {"stage": "scratch"})
+    tracker.epoch(RECORD)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tracker.finish()
+    assert len(caught) <= 1 and not tracker.process.is_alive()
+
+
+def test_a_killed_tracker_stops_nothing(no_account, tmp_path):
+    tracker = Tracker("test", tmp_path / "run", {"stage": "scratch"})
+    assert tracker.started.wait(60)
+    os.kill(tracker.process.pid, signal.SIGKILL)
+    tracker.process.join()
+    with pytest.warns(UserWarning, match="ended by itself"):
+        tracker.epoch(RECORD)
+        tracker.finish()

@@ -14,9 +14,14 @@ def worker_pool(workers: int | None = None) -> ProcessPoolExecutor:
 
 def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
-def _end_with_parent() -> None:
-    parent_process().join()  # killed, it cannot tell us
-    os._exit(1)
+def end_with_parent() -> None:
+    """Let this worker process end when its parent does; a parent that is killed cannot tell it to."""
+
+    def wait() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

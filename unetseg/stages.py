@@ -156,9 +156,8 @@ def log_best(run: Path, val_set: SegmentationSet, void: str, tracker: Tracker) -
     model, metadata = best_model(run)
     names, batches = val_set.class_set.names, Batches(val_set, 8, next(model.parameters()).device)
     confusion = engine.evaluate(model, batches.epoch(), len(names), losses.cross_entropy).confusion
-    tracker.pictures(*predictions(model, val_set, 4), names)
-    tracker.confusion(under_rule(confusion, void), names)
-    tracker.model(run / checkpoint.WEIGHTS, metadata)
+    pictures = predictions(model, val_set, 4)
+    tracker.best(pictures, under_rule(confusion, void), names, run / checkpoint.WEIGHTS, metadata)
 
 
 def identify(settings: Settings, train_set: SegmentationSet) -> dict:

@@ -1,83 +1,157 @@
-"""Weights & Biases as a mirror of the run: never a prompt, never a hang, never a reason to stop."""
+"""Weights & Biases as a mirror of the run: never a prompt, never a hang, never a reason to stop.
+
+It lives in a process of its own, because W&B may wait for its server without an end, or crash. Training hands over what
+is to be logged and does not look back; at the end it waits for a limited time.
+"""
 
 import netrc
 import os
-import socket
+import signal
+import threading
 import warnings
 from collections.abc import Callable
-from functools import wraps
+from multiprocessing import Queue, get_context
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
+import requests
 import wandb
 
 from .classes import IGNORE_INDEX
+from .pool import end_with_parent
 
-FAILURES = (wandb.errors.Error, OSError, ValueError)  # ValueError: settings that W&B does not accept
-TIMEOUT = "60"  # seconds that W&B may take to start, and to finish
+TIMEOUT = 120  # seconds that uploading may take at the end of a run
+PATIENCE = 5  # seconds that the server may take to answer
 
 
-def choose_mode() -> str:
-    """WANDB_MODE if that is not "online"; else "online" with a key and a server that answers, and "offline" without."""
+def choose_mode(say: Callable[[str], None]) -> str:
+    """WANDB_MODE if that is not "online"; else "online" with a key that the server takes, and "offline" without."""
     asked = os.environ.get("WANDB_MODE", "online")
     if asked != "online":
         return asked
-    server = urlsplit(wandb.Settings().base_url)
-    if not (os.environ.get("WANDB_API_KEY") or _key_in_netrc(server.hostname)):
-        return "offline"
-    try:
-        socket.create_connection((server.hostname, server.port or 443), timeout=3).close()
-    except OSError:
-        warnings.warn(
-            f"W&B: {server.hostname} does not answer; logging offline, `wandb sync` uploads later", stacklevel=2
-        )
-        return "offline"
-    return "online"
+    server, key = _server_and_key()
+    refusal = _refusal(server, key) if key else ""
+    if refusal:
+        say(f"{refusal}; logging offline, `wandb sync` uploads later")
+    return "online" if key and not refusal else "offline"
 
 
-def _key_in_netrc(host: str) -> bool:
+def _server_and_key() -> tuple[str, str | None]:
+    settings = wandb.Settings()
+    settings.update_from_system_settings()
+    settings.update_from_env_vars(os.environ)
+    return settings.base_url, os.environ.get("WANDB_API_KEY") or _key_in_netrc(urlsplit(settings.base_url).hostname)
+
+
+def _refusal(server: str, key: str) -> str:
+    """Why nothing can be logged to this server with this key, or "". W&B itself would wait for minutes, or for ever."""
+    host = urlsplit(server).hostname
     try:
-        return netrc.netrc().authenticators(host) is not None
+        ask = {"json": {"query": "{viewer {id}}"}, "auth": ("api", key), "timeout": PATIENCE, "stream": True}
+        with requests.post(f"{server}/graphql", **ask) as answer:
+            if answer.status_code in (401, 403):
+                return f"{host} does not take the key"
+            return "" if answer.ok else f"{host} answers with HTTP status {answer.status_code}"
+    except (requests.RequestException, OSError, ValueError):
+        return f"{host} does not answer"
+
+
+def _key_in_netrc(host: str) -> str | None:
+    try:
+        return (netrc.netrc().authenticators(host) or (None, None, None))[2]
     except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def mirrored(method: Callable) -> Callable:
-    """Let a Tracker's method do nothing without a W&B run; its first failure is a warning, and the end of logging."""
-
-    @wraps(method)
-    def guarded(self: "Tracker", *values: object) -> None:
-        if self.wandb_run is None:
-            return
-        try:
-            method(self, *values)
-        except FAILURES as error:
-            self.wandb_run = None
-            warnings.warn(f"W&B: logging stopped ({error}); the run goes on", stacklevel=2)
-
-    return guarded
+        return None
 
 
 class Tracker:
-    """One W&B run; each method logs one kind of thing."""
+    """The training's end of a W&B run; nothing here waits, but for `finish`, or raises."""
 
     def __init__(self, project: str, run: Path, config: dict) -> None:
-        for name in ("WANDB_INIT_TIMEOUT", "WANDB_FINISH_TIMEOUT"):
-            os.environ.setdefault(name, TIMEOUT)
-        run.mkdir(parents=True, exist_ok=True)
+        spawn = get_context("spawn")
+        self.records, self.messages, self.started = spawn.Queue(), spawn.Queue(), spawn.Event()
+        arguments = self.records, self.messages, self.started, project, run, config
+        self.process = spawn.Process(target=_mirror, args=arguments, daemon=True)
+        self.process.start()
+
+    def epoch(self, record: dict) -> None:
+        """Log a row of history with its per-class IoU."""
+        self._hand_over("epoch", record)
+
+    def best(self, *values: object) -> None:
+        """Log the best weights and what they do, as `Mirror.best` takes it."""
+        self._hand_over("best", *values)
+
+    def _hand_over(self, *record: object) -> None:
+        self.records.put(record)
+        self._warn()
+
+    def _warn(self) -> None:
+        while not self.messages.empty():
+            warnings.warn(f"W&B: {self.messages.get()}", stacklevel=4)
+
+    def finish(self) -> None:
+        """End the W&B run, waiting no longer than TIMEOUT for its uploads, and half as long for one not begun."""
+        try:
+            self._hand_over("finish")
+            if self.process.is_alive() and self.started.wait(TIMEOUT / 2):
+                self.process.join(TIMEOUT)
+            if self.process.exitcode != 0:
+                how = "not done" if self.process.is_alive() else "ended by itself"
+                warnings.warn(f"W&B: {how}; the run goes on, `wandb sync` uploads the rest later", stacklevel=3)
+        finally:
+            self.process.kill()
+            self.process.join()
+            self._warn()
+            self.records.cancel_join_thread()
+
+
+def _mirror(records: Queue, messages: Queue, started: Event, project: str, run: Path, config: dict) -> None:
+    """The other end, a process of its own: log the records as they come, until "finish" or the first failure."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # training decides when to end
+    end_with_parent()
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    try:
+        mirror = Mirror(project, run, config, messages.put)
+        started.set()
+        while (record := records.get())[0] != "finish":
+            getattr(mirror, record[0])(*record[1:])
+        mirror.finish()
+    except ConnectionError as error:
+        messages.put(f"{error}; `wandb sync` uploads later")
+        ending = threading.Thread(target=mirror.run.finish, daemon=True)  # within that time it has written what it holds
+        ending.start()
+        ending.join(4 * PATIENCE)
+    except Exception as error:  # whatever happens to W&B, training goes on
+        messages.put(f"logging stopped ({error}); the run goes on")
+    started.set()
+    messages.close()
+    messages.join_thread()
+    os._exit(0)  # W&B's own exit would wait for its server
+
+
+class Mirror:
+    """One W&B run; each method logs one kind of thing."""
+
+    def __init__(self, project: str, run: Path, config: dict, say: Callable[[str], None]) -> None:
         os.environ["WANDB_DATA_DIR"] = str(run.resolve() / "wandb")  # artifacts are staged there by absolute path
-        self.wandb_run = None
-        for choose in (choose_mode, lambda: "offline"):
-            try:
-                self.wandb_run = self._start(choose(), project, run, config)
-                break
-            except FAILURES as error:
-                warnings.warn(f"W&B: start failed ({error})", stacklevel=2)
-                wandb.teardown()
+        run.mkdir(parents=True, exist_ok=True)
+        mode = choose_mode(say)
+        try:
+            self.run = self._start(mode, project, run, config)
+        except Exception as error:  # nor can W&B's errors be told apart beforehand
+            if mode != "online":
+                raise
+            say(f"online start failed ({error}); logging offline, `wandb sync` uploads later")
+            wandb.teardown()
+            self.run = self._start("offline", project, run, config)
 
     def _start(self, mode: str, project: str, run: Path, config: dict) -> "wandb.Run":
-        settings = wandb.Settings(silent=True, console="off", disable_git=True)
+        settings = wandb.Settings(silent=True, console="off", disable_git=True, save_code=False)
         names = {"name": f"{run.parent.name}-{run.name}", "group": run.parent.name or None, "job_type": config["stage"]}
         started = wandb.init(project=project, dir=str(run), mode=mode, config=config, settings=settings, **names)
         started.define_metric("epoch")
@@ -85,15 +159,32 @@ class Tracker:
         started.define_metric("val/miou", step_metric="epoch", summary="max")
         return started
 
-    @mirrored
+    def check_server(self) -> None:
+        """Raise ConnectionError when an online run's server does not answer any more: W&B would wait for it."""
+        refusal = "" if self.run.settings.mode != "online" else _refusal(*_server_and_key())
+        if refusal:
+            raise ConnectionError(refusal)
+
     def epoch(self, record: dict) -> None:
         """Log a row of history with its per-class IoU."""
         values = {"epoch": record["epoch"], "lr": record["lr"], "images_per_second": record["images_per_second"]}
+        values |= {"train/skipped_steps": record["skipped"]}
         values |= {"train/loss": record["train_loss"], "val/loss": record["val_loss"], "val/miou": record["val_miou"]}
         classes = record["scores"]["classes"].items()
-        self.wandb_run.log(values | {f"val/iou/{name}": s["iou"] for name, s in classes if s["iou"] is not None})
+        self.run.log(values | {f"val/iou/{name}": s["iou"] for name, s in classes if s["iou"] is not None})
 
-    @mirrored
+    def best(
+        self, pictures: tuple, confusion: np.ndarray, names: tuple[str, ...], weights: Path, metadata: dict[str, str]
+    ) -> None:
+        """Log pictures (images, masks, preds), a confusion matrix, and the weights that they come from.
+
+        Not to a server that has gone: W&B would wait for it.
+        """
+        self.check_server()
+        self.pictures(*pictures, names)
+        self.confusion(confusion, names)
+        self.model(weights, metadata)
+
     def pictures(self, images: np.ndarray, masks: np.ndarray, preds: np.ndarray, names: tuple[str, ...]) -> None:
         """Log images (N, H, W, 3) uint8 with truth and prediction (N, H, W) as W&B's mask overlays."""
         labels = dict(enumerate(names)) | {IGNORE_INDEX: "void"}
@@ -102,25 +193,23 @@ class Tracker:
             layers = {"truth": mask, "prediction": pred}
             overlays = {key: {"mask_data": value, "class_labels": labels} for key, value in layers.items()}
             pictures.append(wandb.Image(image, masks=overlays, file_type="jpg"))
-        self.wandb_run.log({"val/pictures": pictures})
+        self.run.log({"val/pictures": pictures})
 
-    @mirrored
     def confusion(self, confusion: np.ndarray, names: tuple[str, ...]) -> None:
         """Log a (C, C) matrix of pixel counts, truth x prediction."""
         rows = [[names[t], names[p], int(confusion[t, p])] for t, p in np.ndindex(confusion.shape)]
         table = wandb.Table(columns=["Actual", "Predicted", "nPredictions"], data=rows)
         fields = {key: key for key in table.columns}
         preset = "wandb/confusion_matrix/v1"
-        self.wandb_run.log({"val/confusion": wandb.plot_table(preset, table, fields, {"title": "val"})})
+        self.run.log({"val/confusion": wandb.plot_table(preset, table, fields, {"title": "val"})})
 
-    @mirrored
     def model(self, weights: Path, metadata: dict[str, str]) -> None:
         """Log the best weights as an artifact."""
         artifact = wandb.Artifact(f"unet-{metadata['stage']}", type="model", metadata=metadata)
         artifact.add_file(str(weights))
-        self.wandb_run.log_artifact(artifact, aliases=["best"])
+        self.run.log_artifact(artifact, aliases=["best"])
 
-    @mirrored
     def finish(self) -> None:
-        """End the W&B run, waiting no longer than WANDB_FINISH_TIMEOUT."""
-        self.wandb_run.finish()
+        """End the W&B run."""
+        self.check_server()
+        self.run.finish()
