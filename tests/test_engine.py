@@ -31,7 +31,8 @@ def train(sets, run, epochs=4, loss_fn=cross_entropy, log=lambda record: None, l
     trainer = Trainer(model, epochs * len(train_batches), lr, 0.01, precision)
     job = Job(run, epochs, sets[0].class_set.names, "ignore", CONFIG)
     val_batches = Batches(sets[1], 2, torch.device("cpu"))
-    return trainer, fit(trainer, loss_fn, train_batches, val_batches, job, log, session)
+    keeper = engine.Keeper(trainer, job, session or Session())
+    return trainer, fit(keeper, loss_fn, train_batches, val_batches, log)
 
 
 def without_timings(history):

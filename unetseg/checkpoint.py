@@ -12,11 +12,15 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from .classes import CLASS_SETS, VOID_RULES
 from .files import atomic_open, read_bytes, read_json
+from .model import MOST
 
 WEIGHTS, CONFIG, HISTORY, STATE = "model.safetensors", "config.json", "history.csv", "state.pt"
 METADATA = ("stage", "class_set", "channels", "depth", "width", "height", "void", "seed", "precision", "parameters")
 METADATA += ("device", "torch", "commit")
+KNOWN = {key: {str(n) for n in range(1, most + 1)} for key, most in {**MOST, "width": 8192, "height": 8192}.items()}
+KNOWN |= {"class_set": CLASS_SETS, "void": VOID_RULES}
 
 
 def save_weights(run: Path, state: dict[str, Tensor], config: dict, epoch: int, val_miou: float) -> None:
@@ -61,9 +65,12 @@ def load_weights(run_or_weights: Path) -> tuple[dict[str, Tensor], dict[str, str
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path}: expected a safetensors file, found {error}") from None
-    missing = {*METADATA, "epoch", "sha256"} - metadata.keys()
+    missing = sorted({*METADATA, "epoch", "sha256"} - metadata.keys())
     if missing:
-        raise ValueError(f"{path}: expected weights saved by unetseg, found none of the metadata {sorted(missing)}")
+        raise ValueError(f"{path}: expected weights saved by unetseg, found none of the metadata {missing}")
+    wrong = [f"{key} {metadata[key][:50]}" for key, known in KNOWN.items() if metadata[key] not in known]
+    if wrong:
+        raise ValueError(f"{path}: expected weights of a network as unetseg trains them, found {', '.join(wrong)}")
     if checksum(state) != metadata["sha256"]:
         raise ValueError(f"{path}: expected the weights that were saved, found others (wrong checksum); copy it anew")
     return state, metadata

@@ -120,31 +120,31 @@ def resume(trainer: Trainer, job: Job) -> Position:
         trainer.load(saved["trainer"])
         position = Position(**saved["position"])
         position.sums = position.sums.to(trainer.device)
+        if position.sums.shape != (4,) or position.step < 0 or len(position.history) > job.num_epochs:
+            raise ValueError("a position that cannot be")
+        if position.history:
+            checkpoint.write_history(job.run, position.history)  # the last row may be missing
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path}: expected the state of this run, found {type(error).__name__}: {error}") from None
-    if position.history:
-        checkpoint.write_history(job.run, position.history)  # the last row may be missing
+        reason = f"{type(error).__name__}: {str(error)[:300]}"
+        raise ValueError(f"{path}: expected the state of this run, found {reason}") from None
     return position
 
 
 def fit(
-    trainer: Trainer,
+    keeper: Keeper,
     loss_fn: LossFn,
     train_batches,
     val_batches,
-    job: Job,
     log: Callable[[dict], None] = lambda record: None,
-    session: Session | None = None,
 ) -> list[dict]:
-    """Train to the job's last epoch from where its run folder stands; returns the history.
+    """Train to the job's last epoch from where the keeper's run folder stands; returns the history.
 
     train_batches, val_batches  with .dataset, .batch_size and .epoch(number, first step) -> iterable of (images, masks)
     log                         called after each epoch with its row of history and, under "scores", the val scores
-    session                     when to stop before the end: the history returned is then shorter, the state saved
+    When the keeper's session is over before, the history returned is shorter, and the state saved.
     Raises TrainingStopped when losses or gradients stay not finite or memory does not suffice; what was saved stays.
     """
-    session = session or Session()
-    keeper = Keeper(trainer, job, session)
+    job, session = keeper.job, keeper.session
     position, size = keeper.position, len(train_batches.dataset)
     done = len(position.history) * size + min(position.step * train_batches.batch_size, size)
     bar = tqdm(desc=job.run.name, total=job.num_epochs * size, initial=done, unit="img", mininterval=1)

@@ -16,7 +16,7 @@ from .classes import CLASS_SETS, ClassSet
 from .data import Batches, SegmentationSet, load_split, scored_split
 from .files import atomic_open, exclusive, read_json, write_json
 from .metrics import scores
-from .model import MOST, UNet
+from .model import UNet
 from .pictures import BadFile, read_photo
 from .plots import overlay
 
@@ -27,15 +27,12 @@ def trained_model(run_or_weights: Path) -> tuple[nn.Module, dict[str, str]]:
     """The U-Net with its trained weights, on the CPU, and metadata. Raises ValueError where they do not fit."""
     state, metadata = checkpoint.load_weights(run_or_weights)
     try:
-        width, depth = (int(metadata[key]) for key in ("channels", "depth"))
-        if not (0 < width <= MOST["channels"] and 0 < depth <= MOST["depth"]):
-            raise ValueError(f"{width} channels and depth {depth}")
         with torch.device("meta"):  # costs no memory, whatever the file declares
-            model = UNet(len(CLASS_SETS[metadata["class_set"]]), width, depth)
+            model = UNet(len(CLASS_SETS[metadata["class_set"]]), int(metadata["channels"]), int(metadata["depth"]))
         model.load_state_dict(state, assign=True)
-    except (ValueError, KeyError, RuntimeError) as error:
-        path = checkpoint.weights_path(run_or_weights)
-        raise ValueError(f"{path}: expected weights of the U-Net that its metadata describe, found {error}") from None
+    except RuntimeError as error:
+        path, reason = checkpoint.weights_path(run_or_weights), str(error)[:300]  # PyTorch names every tensor
+        raise ValueError(f"{path}: expected weights of the U-Net that its metadata describe, found {reason}") from None
     return model.float(), metadata
 
 
@@ -155,8 +152,13 @@ def predict(model: nn.Module, image: np.ndarray, size: tuple[int, int]) -> np.nd
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     where = next(model.parameters()).device
     logits = model(torch.from_numpy(small).to(where).permute(2, 0, 1)[None] / 255)
-    logits = F.interpolate(logits, image.shape[:2], mode="bilinear", align_corners=False)
-    return logits.argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
+    highest = torch.full((1, 1, *image.shape[:2]), -torch.inf, device=where)
+    pred = torch.zeros(highest.shape, dtype=torch.uint8, device=where)
+    for class_id in range(logits.shape[1]):  # one class at a time: all at full size would be 28 bytes a pixel or more
+        large = F.interpolate(logits[:, [class_id]], image.shape[:2], mode="bilinear", align_corners=False)
+        pred[large > highest] = class_id
+        torch.maximum(highest, large, out=highest)
+    return pred[0, 0].cpu().numpy()
 
 
 def predict_files(run_or_weights: Path, inputs: list[Path], out: Path) -> list[str]:

@@ -46,7 +46,8 @@ def read_photo(path: Path) -> np.ndarray:
         with _open(read_bytes(path)) as picture:
             if picture.mode.startswith(("I", "F")):
                 raise ValueError(f"one of more than 8 bits (mode {picture.mode})")
-            return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+            ImageOps.exif_transpose(picture, in_place=True)
+            return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
     except Exception as error:  # Pillow names no common base for what damaged files raise
         raise BadFile(f"{path}: expected a readable image, found {_reason(error, path)}") from None
 

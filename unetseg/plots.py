@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,7 +17,7 @@ WIDTH = 8.5  # inches: a notebook's column
 
 def overlay(image: np.ndarray, painted: np.ndarray, alpha: float = 0.55) -> np.ndarray:
     """Lay class colours over an image; both (H, W, 3) uint8."""
-    return (image * (1 - alpha) + painted * alpha).round().astype(np.uint8)
+    return cv2.addWeighted(image, 1 - alpha, painted, alpha, 0)
 
 
 def panels(rows: list[list[np.ndarray]], titles: list[str], class_set: ClassSet, row_names: list[str] = ()) -> Figure:

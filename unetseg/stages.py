@@ -138,10 +138,10 @@ def run_stage(
     num_steps = settings.epochs * len(train_batches)
     trainer = Trainer(model, num_steps, settings.lr, settings.weight_decay, config["precision"])
     job = engine.Job(run, settings.epochs, train_set.class_set.names, settings.void, config)
+    keeper, loss_fn = engine.Keeper(trainer, job, session), loss_function(settings, train_set, where)
     tracker = Tracker(settings.project, run, config)
     try:
-        loss_fn = loss_function(settings, train_set, where)
-        history = engine.fit(trainer, loss_fn, train_batches, val_batches, job, tracker.epoch, session)
+        history = engine.fit(keeper, loss_fn, train_batches, val_batches, tracker.epoch)
         if len(history) == settings.epochs:
             log_best(run, val_set, settings.void, tracker)
     finally:

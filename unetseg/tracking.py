@@ -123,7 +123,9 @@ def _mirror(records: Queue, messages: Queue, started: Event, project: str, run: 
         mirror.finish()
     except ConnectionError as error:
         messages.put(f"{error}; `wandb sync` uploads later")
-        ending = threading.Thread(target=mirror.run.finish, daemon=True)  # within that time it has written what it holds
+        ending = threading.Thread(
+            target=mirror.run.finish, daemon=True
+        )  # within that time it has written what it holds
         ending.start()
         ending.join(4 * PATIENCE)
     except Exception as error:  # whatever happens to W&B, training goes on
