@@ -97,6 +97,8 @@ def soak_preprocessing(out: Path, raw: Path, kills: int, dice: random.Random) ->
         return len(list(parts.rglob("*.npy")))
 
     def until(process: subprocess.Popen) -> None:
+        if count() == num_images:
+            process.wait()
         enough = count() + dice.randint(1, num_images // 2)
         while process.poll() is None and count() < min(enough, num_images):
             time.sleep(0.001)

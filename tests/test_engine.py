@@ -90,7 +90,7 @@ class Stopping(Session):
         return "test" if 0 in self.looks else ""
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_stopped_at_any_step_a_run_ends_as_the_uninterrupted_one(sets, tmp_path, precision):
     whole, history = train(sets, tmp_path / "whole", precision=precision)
     looks = 4 * (3 + 1)  # four epochs of three training batches and one val batch

@@ -153,7 +153,9 @@ class Mirror:
             self.run = self._start("offline", project, run, config)
 
     def _start(self, mode: str, project: str, run: Path, config: dict) -> "wandb.Run":
-        settings = wandb.Settings(silent=True, console="off", disable_git=True, save_code=False)
+        settings = wandb.Settings(
+            silent=True, console="off", disable_git=True, save_code=False, x_stats_pid=os.getppid()
+        )
         names = {"name": f"{run.parent.name}-{run.name}", "group": run.parent.name or None, "job_type": config["stage"]}
         started = wandb.init(project=project, dir=str(run), mode=mode, config=config, settings=settings, **names)
         started.define_metric("epoch")
