@@ -26,6 +26,10 @@ TIMEOUT = 120  # seconds that uploading may take at the end of a run
 PATIENCE = 5  # seconds that the server may take to answer
 
 
+class ServerGone(Exception):
+    """The server of an online run does not answer any more."""
+
+
 def choose_mode(say: Callable[[str], None]) -> str:
     """WANDB_MODE if that is not "online"; else "online" with a key that the server takes, and "offline" without."""
     asked = os.environ.get("WANDB_MODE", "online")
@@ -121,13 +125,11 @@ def _mirror(records: Queue, messages: Queue, started: Event, project: str, run: 
         while (record := records.get())[0] != "finish":
             getattr(mirror, record[0])(*record[1:])
         mirror.finish()
-    except ConnectionError as error:
+    except ServerGone as error:
         messages.put(f"{error}; `wandb sync` uploads later")
-        ending = threading.Thread(
-            target=mirror.run.finish, daemon=True
-        )  # within that time it has written what it holds
+        ending = threading.Thread(target=mirror.run.finish, daemon=True)  # would wait for the server without an end,
         ending.start()
-        ending.join(4 * PATIENCE)
+        ending.join(4 * PATIENCE)  # but first writes all that was logged into W&B's file
     except Exception as error:  # whatever happens to W&B, training goes on
         messages.put(f"logging stopped ({error}); the run goes on")
     started.set()
@@ -164,10 +166,10 @@ class Mirror:
         return started
 
     def check_server(self) -> None:
-        """Raise ConnectionError when an online run's server does not answer any more: W&B would wait for it."""
+        """Raise ServerGone when an online run's server does not answer any more: W&B would wait for it."""
         refusal = "" if self.run.settings.mode != "online" else _refusal(*_server_and_key())
         if refusal:
-            raise ConnectionError(refusal)
+            raise ServerGone(refusal)
 
     def epoch(self, record: dict) -> None:
         """Log a row of history with its per-class IoU."""
