@@ -76,9 +76,11 @@ class Trainer:
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
+                reason = str(error).partition("\n")[0][:200]  # not the error: it would keep the tensors alive
             largest = min(self.part, len(images))
             if largest == 1:
-                raise TrainingStopped("out of memory with one image at a time; choose fewer channels or smaller images")
+                smaller = "choose fewer channels or smaller images"
+                raise TrainingStopped(f"out of memory with one image at a time ({reason}); {smaller}")
             self.part = (largest + 1) // 2
             self.optimizer.zero_grad(set_to_none=True)
             self._restore(statistics)
@@ -124,4 +126,5 @@ def forward(model: nn.Module, images: Tensor, precision: str, part: int = sys.ma
 
 def out_of_memory(error: Exception) -> bool:
     """Whether an error means that the GPU's or the machine's memory did not suffice."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "could not create a")  # PyTorch's allocator on a CPU, and oneDNN
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in said)
