@@ -223,11 +223,15 @@ def test_files_that_may_not_be_read_or_vanish_are_reported_one_by_one(raw, tmp_p
 
 
 def test_a_failed_write_names_the_file_and_leaves_the_old_one(tmp_path):
-    write_json(tmp_path / "a.json", {"old": 1})
-    with pytest.raises(OSError, match=r"No space left on device: '.*a.json'"), atomic_open(tmp_path / "a.json") as file:
-        file.write(b"half")
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+    with (
+        pytest.raises(OSError, match=r"No space left on device; free some space, .*: '.*a.json'"),
+        atomic_open(path) as f,
+    ):
+        f.write(b"half")
         raise OSError(28, "No space left on device")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and "old" in (tmp_path / "a.json").read_text()
+    assert [found.name for found in tmp_path.iterdir()] == ["a.json"] and "old" in path.read_text()
 
 
 def test_leftovers_go_and_foreign_files_stay(tmp_path):

@@ -1,5 +1,6 @@
 """Files that are whole or not there at all, folders with one writer, and reading that cannot be made to hang."""
 
+import errno
 import json
 import os
 import re
@@ -37,7 +38,8 @@ def atomic_open(path: Path, durable: bool = False) -> Iterator[IO[bytes]]:
         with suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):  # of a full disk the system names no file, of the others the temporary one
-            raise OSError(error.errno, error.strerror, str(path)) from None
+            advice = "; free some space, what was saved before is intact" if error.errno == errno.ENOSPC else ""
+            raise OSError(error.errno, f"{error.strerror}{advice}", str(path)) from None
         raise
 
 
