@@ -37,7 +37,7 @@ def change_settings(notebook: nbformat.NotebookNode, settings: dict) -> None:
         line = re.compile(rf"^(    {name}=).*?(,(?:  #.*)?)$", re.MULTILINE)
         if not line.search(cell.source):
             raise ValueError(f"expected a setting {name} in the parameters cell, found none")
-        shown = json.dumps(value) if isinstance(value, str) else repr(value)
+        shown = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
         cell.source = line.sub(lambda match: f"{match[1]}{shown}{match[2]}", cell.source)  # noqa: B023
 
 

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from unetseg.classes import CLASS_SETS, IGNORE_INDEX, ClassSet
 from unetseg.files import atomic_open, exclusive, read_bytes, write_json
 from unetseg.pictures import BadFile, read_png
-from unetseg.pool import worker_pool
+from unetseg.pool import ctrl_c_for_us_alone, worker_pool
 
 log = logging.getLogger("preprocessing")
 DEFAULT_CLASSES = {"cityscapes": "cityscapes7", "camvid": "camvid7"}
@@ -97,7 +97,7 @@ def list_pairs(root: Path, layout: str, split: str) -> tuple[list[Pair], list[Re
     pairs, alone = [], []
     for stem in sorted(images.keys() | (labels.keys() if labelled else set())):
         paths = [*images.get(stem, []), *(labels.get(stem, []) if labelled else [])]
-        if len(paths) == 1 + labelled and stem in images and (not labelled or stem in labels):
+        if stem and len(paths) == 1 + labelled and stem in images and (not labelled or stem in labels):
             pairs.append(Pair(stem, paths[0], paths[1] if labelled else None))
         else:
             alone.append(Record(stem, error=_why_unpaired(root, layout, split, stem, images, labels)))
@@ -114,6 +114,8 @@ def _by_stem(folder: Path, pattern: str, ending: str) -> dict[str, list[Path]]:
 
 
 def _why_unpaired(root: Path, layout: str, split: str, stem: str, images: dict, labels: dict) -> str:
+    if not stem:
+        return f"{next(iter(images.get(stem) or labels[stem]))}: expected a name before its ending, found none"
     doubles = next((paths for paths in (images.get(stem, []), labels.get(stem, [])) if len(paths) > 1), None)
     if doubles:
         return f"{doubles[0]}: expected one file of this name in the split, found also {doubles[1]}"
@@ -238,7 +240,8 @@ def save_mask(path: Path, mask: np.ndarray, record: Record, origin: dict) -> Non
 
 def process_split(pool: ProcessPoolExecutor, split: str, pairs: list[Pair], **job) -> list[Record]:
     """Process all pairs of a split on the pool, in order, under a progress bar."""
-    results = pool.map(partial(process, split=split, **job), pairs, chunksize=max(1, min(16, len(pairs) // 32)))
+    with ctrl_c_for_us_alone():
+        results = pool.map(partial(process, split=split, **job), pairs, chunksize=max(1, min(16, len(pairs) // 32)))
     try:
         return list(tqdm(results, total=len(pairs), desc=split, unit="img", leave=False))
     except BrokenProcessPool:
@@ -401,7 +404,8 @@ def run(args: argparse.Namespace) -> int:
         raise BadFile(f"{args.data_dir}: expected a class set for {layout}, found --classes {settings.class_set}")
     splits = choose_splits(args.data_dir, layout, args.splits)
     left_out = 0
-    with exclusive(args.output_dir, wait=True), worker_pool(args.workers) as pool:
+    written = ("*_processed/*", "visualizations")
+    with exclusive(args.output_dir, wait=True, below=written), worker_pool(args.workers) as pool:
         for split in splits:
             pairs, records = list_pairs(args.data_dir, layout, split)
             if not pairs and not records:

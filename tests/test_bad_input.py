@@ -5,6 +5,7 @@ Never a traceback, silent acceptance, a hang, code that runs, a file outside the
 
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -496,6 +497,15 @@ def test_each_kind_of_bad_state_is_named_and_runs_nothing(trained, tmp_path, cap
                     saved(state | {"trainer": {}}), saved(state | {"trainer": trainer | {"model": {}}}),
                     saved(state | {"position": position | {"history": 3}}), saved(state | {"position": position | {"sums": torch.zeros(2)}}),
                     saved(state | {"position": position | {"step": -1}}), saved(state | {"config": {}})],
+        "steps and parts": [saved(state | {"trainer": trainer | edit}) for edit in (
+            {"steps": -1}, {"steps": 10**30}, {"steps": 1.5}, {"steps": None}, {"part": 0}, {"part": "all"})],
+        "positions": [saved(state | {"position": position | edit}) for edit in (
+            {"step": 1.5}, {"step": 10**30}, {"seconds": "long"}, {"history": [{"a": 1}]}, {"sums": 4},
+            {"history": [position["history"][0] | {"val_miou": math.nan}]}, {"history": position["history"] * 2})],
+        "moments": [saved(state | {"trainer": trainer | {"moments": moments}}) for moments in (
+            {0: {"step": torch.ones(()), "exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1)}},
+            {0: trainer["moments"][0] | {"exp_avg": torch.zeros(3)}}, {0: trainer["moments"][1]}, {10**6: {}}, {0: {}},
+            {0: trainer["moments"][0] | {"exp_avg_sq": torch.zeros(1).expand(9, 9, 9, 9)}}, [], None)],
     }  # fmt: skip
     for kind, cases in kinds.items():
         for number, content in enumerate(cases):

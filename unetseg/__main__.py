@@ -20,14 +20,21 @@ def parse_size(text: str) -> tuple[int, int]:
     return size
 
 
+def count(text: str) -> int:
+    """Read a number of things, 0 or more."""
+    if int(text) < 0:
+        raise ValueError(text)
+    return int(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m unetseg", description="Street-scene segmentation with a U-Net.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     add = commands.add_parser("scenes", help="draw street scenes in the Cityscapes layout").add_argument
     add("out", type=Path)
-    add("--train", type=int, default=64, metavar="N", help="training scenes (64)")
-    add("--val", type=int, default=40, metavar="N", help="val scenes (40)")
+    add("--train", type=count, default=64, metavar="N", help="training scenes (64)")
+    add("--val", type=count, default=40, metavar="N", help="val scenes (40)")
     add("--seed", type=int, default=0)
     add("--size", type=parse_size, default=(1024, 512), metavar="WxH", help="1024x512")
 

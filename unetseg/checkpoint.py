@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import reprlib
 import zipfile
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from .classes import CLASS_SETS, VOID_RULES
 from .files import atomic_open, read_bytes, read_json
-from .model import MOST
+from .model import MOST, UNet
 
 WEIGHTS, CONFIG, HISTORY, STATE = "model.safetensors", "config.json", "history.csv", "state.pt"
+COLUMNS = ("epoch", "train_loss", "val_loss", "val_miou", "lr", "seconds", "images_per_second")  # of the history
 METADATA = ("stage", "class_set", "channels", "depth", "width", "height", "void", "seed", "precision", "parameters")
 METADATA += ("device", "torch", "commit")
 KNOWN = {key: {str(n) for n in range(1, most + 1)} for key, most in {**MOST, "width": 8192, "height": 8192}.items()}
@@ -62,18 +64,30 @@ def load_weights(run_or_weights: Path) -> tuple[dict[str, Tensor], dict[str, str
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            keys = list(file.keys())
+            _check_network({key: file.get_slice(key).get_shape() for key in keys}, metadata)
+            state = {key: file.get_tensor(key) for key in keys}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected a safetensors file, found {error}") from None
-    missing = sorted({*METADATA, "epoch", "sha256"} - metadata.keys())
-    if missing:
-        raise ValueError(f"{path}: expected weights saved by unetseg, found none of the metadata {missing}")
-    wrong = [f"{key} {metadata[key][:50]}" for key, known in KNOWN.items() if metadata[key] not in known]
-    if wrong:
-        raise ValueError(f"{path}: expected weights of a network as unetseg trains them, found {', '.join(wrong)}")
-    if checksum(state) != metadata["sha256"]:
+        raise ValueError(f"{path}: expected weights saved by unetseg, found {error}") from None
+    if checksum(state) != metadata["sha256"] or not all(value.isfinite().all() for value in state.values()):
         raise ValueError(f"{path}: expected the weights that were saved, found others (wrong checksum); copy it anew")
     return state, metadata
+
+
+def _check_network(shapes: dict[str, list[int]], metadata: dict[str, str]) -> None:
+    """Raise ValueError unless the tensors are those of the U-Net that the metadata describe; nothing is read for it."""
+    missing = sorted({*METADATA, "epoch", "sha256"} - metadata.keys())
+    if missing:
+        raise ValueError(f"none of the metadata {missing}")
+    wrong = [f"{key} {metadata[key][:50]}" for key, known in KNOWN.items() if metadata[key] not in known]
+    if wrong or not metadata["epoch"].isdecimal():
+        raise ValueError(f"a network that it does not train: {', '.join(wrong) or 'no number of epochs'}")
+    with torch.device("meta"):  # costs no memory, whatever the file declares
+        model = UNet(len(CLASS_SETS[metadata["class_set"]]), int(metadata["channels"]), int(metadata["depth"]))
+    expected = {key: list(value.shape) for key, value in model.state_dict().items()}
+    for key in sorted(expected.keys() | shapes.keys()):
+        if expected.get(key) != shapes.get(key):
+            raise ValueError(f"{key[:50]} of shape {shapes.get(key)} where its metadata mean {expected.get(key)}")
 
 
 def save_state(run: Path, state: dict) -> None:
@@ -98,12 +112,11 @@ def load_state(run: Path) -> dict | None:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not all(isinstance(state[key], dict) for key in ("config", "trainer", "position")):
             raise TypeError("no training state")
+        check_history(state["position"]["history"])
         return state
     except Exception as error:  # torch names no common base for what a damaged file raises
-        reason = str(error).splitlines()[0] if isinstance(error, (zipfile.BadZipFile, OSError)) else ""
-        raise ValueError(
-            f"{path}: expected a whole training state, found {type(error).__name__} {reason}; delete it to start anew"
-        ) from None
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:100]}"
+        raise ValueError(f"{path}: expected a whole training state, found {reason}; delete it to start anew") from None
 
 
 def read_config(run: Path) -> dict:
@@ -115,9 +128,12 @@ def read_config(run: Path) -> dict:
     missing = sorted({*METADATA, "settings"} - config.keys())
     if missing or not isinstance(config["settings"], dict):
         raise ValueError(f"{path}: expected the settings of a run, found no {missing or 'settings'}; restore it")
+    if type(config["settings"].get("epochs")) is not int:
+        raise ValueError(f"{path}: expected a whole number of epochs in settings; restore it")
     if (run / WEIGHTS).is_file():
         metadata = load_weights(run)[1]
-        wrong = [f"{key} {config[key]}, not {metadata[key]}" for key in METADATA if str(config[key]) != metadata[key]]
+        wrong = [key for key in METADATA if str(config[key]) != metadata[key]]
+        wrong = [f"{key} {reprlib.repr(config[key])}, not {metadata[key][:50]}" for key in wrong]
         if wrong:
             raise ValueError(f"{path}: expected what {WEIGHTS} was trained with, found {'; '.join(wrong)}; restore it")
     return config
@@ -129,7 +145,7 @@ def write_history(run: Path, history: list[dict]) -> None:
     writer = csv.DictWriter(text, history[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
-    with atomic_open(run / HISTORY) as file:
+    with atomic_open(run / HISTORY, durable=True) as file:
         file.write(text.getvalue().encode())
 
 
@@ -143,6 +159,15 @@ def read_history(run: Path) -> list[dict[str, float]]:
         return []
     try:
         rows = csv.DictReader(io.StringIO(read_bytes(path).decode()), strict=True)
-        return [{key: float(value) for key, value in row.items()} for row in rows]
+        return check_history([{key: float(value) for key, value in row.items()} for row in rows])
     except (ValueError, TypeError, csv.Error) as error:
         raise ValueError(f"{path}: expected one line of numbers per epoch, found {error}; restore it") from None
+
+
+def check_history(rows: list[dict]) -> list[dict]:
+    """The rows, if they are a history: a number in each of COLUMNS, epochs from 1 on. Raises ValueError if not."""
+    for place, row in enumerate(rows, start=1):
+        sound = row.keys() == set(COLUMNS) and all(isinstance(value, (int, float)) for value in row.values())
+        if not (sound and row["epoch"] == place and 0 <= row["val_miou"] <= 1):
+            raise ValueError(f"line {place} {reprlib.repr(row)}")
+    return rows

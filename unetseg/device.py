@@ -51,7 +51,9 @@ def choose_precision(asked: str, model: nn.Module, size: tuple[int, int]) -> str
     num_weights = sum(weight.numel() for weight in model.parameters())
     key = f"{device_name(device)} | torch {torch.__version__} | {num_weights} weights | {size[0]}x{size[1]}"
     path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "unetseg" / "precision.json"
-    cache = read_json(path) if path.is_file() else {}
+    cache = {}
+    with contextlib.suppress(OSError, ValueError):  # none yet, or a damaged one
+        cache = read_json(path)
     if cache.get(key) in candidates:
         return cache[key]
     seconds, outputs = {}, {}

@@ -4,6 +4,7 @@ Its state is saved at every epoch and every few minutes, so that a run that is k
 """
 
 import math
+import reprlib
 import sys
 import time
 import warnings
@@ -114,14 +115,16 @@ def resume(trainer: Trainer, job: Job) -> Position:
     path = job.run / checkpoint.STATE
     changed = [key for key in job.config if saved["config"].get(key) != job.config[key]]
     if changed:
-        there = ", ".join(f"{key}: {saved['config'].get(key)} in it, {job.config[key]} now" for key in changed)
+        pairs = {key: (reprlib.repr(saved["config"].get(key)), reprlib.repr(job.config[key])) for key in changed}
+        there = ", ".join(f"{key}: {then} in it, {now} now" for key, (then, now) in pairs.items())
         raise ValueError(f"{path}: expected the state of this run, found {there}; was {checkpoint.CONFIG} edited?")
     try:
         trainer.load(saved["trainer"])
         position = Position(**saved["position"])
-        position.sums = position.sums.to(trainer.device)
-        if position.sums.shape != (4,) or position.step < 0 or len(position.history) > job.num_epochs:
-            raise ValueError("a position that cannot be")
+        position.sums = position.sums.to(trainer.device, torch.float64)
+        steps = range(trainer.schedule["total_steps"] + 1)
+        if position.sums.shape != (4,) or position.step not in steps or not math.isfinite(position.seconds):
+            raise ValueError(f"step {reprlib.repr(position.step)}, {reprlib.repr(position.seconds)} seconds")
         if position.history:
             checkpoint.write_history(job.run, position.history)  # the last row may be missing
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:

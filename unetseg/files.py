@@ -44,10 +44,11 @@ def atomic_open(path: Path, durable: bool = False) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def exclusive(folder: Path, wait: bool = False) -> Iterator[None]:
+def exclusive(folder: Path, wait: bool = False, below: tuple[str, ...] = ()) -> Iterator[None]:
     """Be the only process that writes into `folder`, and clear what killed ones left unfinished there.
 
-    wait  for another process to end; otherwise a ValueError says that there is one
+    wait   for another process to end; otherwise a ValueError says that there is one
+    below  patterns of the folders in it that are written, too
     The lock ends with the process, however that ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,9 +65,10 @@ def exclusive(folder: Path, wait: bool = False) -> Iterator[None]:
         print(f"{folder}: waiting for another process at work in it", file=sys.stderr)
         lock.acquire()
     try:
-        for path in folder.rglob(".*.tmp"):
-            if TEMPORARY.fullmatch(path.name):
-                path.unlink(missing_ok=True)
+        for place in (folder, *(place for pattern in below for place in folder.glob(pattern))):
+            for path in place.glob(".*.tmp"):
+                if TEMPORARY.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
@@ -83,8 +85,8 @@ def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as indented JSON, atomically."""
-    with atomic_open(path) as file:
+    """Write `value` as indented JSON, atomically and durably."""
+    with atomic_open(path, durable=True) as file:
         file.write((json.dumps(value, indent=2) + "\n").encode())
 
 

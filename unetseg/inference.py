@@ -1,6 +1,7 @@
 """Trained weights at work: the scores of a split, and predictions for pictures of any size."""
 
 import os
+import warnings
 from pathlib import Path
 
 import cv2
@@ -20,20 +21,16 @@ from .model import UNet
 from .pictures import BadFile, read_photo
 from .plots import overlay
 
+OUTPUT = ("ids", "colour", "overlay")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def trained_model(run_or_weights: Path) -> tuple[nn.Module, dict[str, str]]:
     """The U-Net with its trained weights, on the CPU, and metadata. Raises ValueError where they do not fit."""
     state, metadata = checkpoint.load_weights(run_or_weights)
-    try:
-        with torch.device("meta"):  # costs no memory, whatever the file declares
-            model = UNet(len(CLASS_SETS[metadata["class_set"]]), int(metadata["channels"]), int(metadata["depth"]))
-        model.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        path, reason = checkpoint.weights_path(run_or_weights), str(error)[:300]  # PyTorch names every tensor
-        raise ValueError(f"{path}: expected weights of the U-Net that its metadata describe, found {reason}") from None
-    return model.float(), metadata
+    model = UNet(len(CLASS_SETS[metadata["class_set"]]), int(metadata["channels"]), int(metadata["depth"]))
+    model.load_state_dict(state)
+    return model, metadata
 
 
 def best_model(run_or_weights: Path) -> tuple[nn.Module, dict[str, str]]:
@@ -77,7 +74,10 @@ def evaluate_run(run: Path, processed: Path, split: str | None = None) -> dict:
         "images_per_second": result.images_per_second,
         **{key: config[key] for key in ("seed", "parameters", "precision", "device", "torch", "commit")},
     }
-    write_json(run / f"results_{dataset.split.name}.json", results)
+    try:
+        write_json(run / f"results_{dataset.split.name}.json", results)
+    except OSError as error:  # a run folder may be attached read-only
+        warnings.warn(f"the scores are not kept: {error}", stacklevel=2)
     return results
 
 
@@ -115,7 +115,13 @@ def read_results(run: Path) -> dict:
         raise ValueError(
             f"{run}: expected results_<split>.json, found none; run `python -m unetseg evaluate {run}` first"
         )
-    return read_json(found[0])
+    results = read_json(found[0])
+    try:
+        headline(results)
+    except (LookupError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:100]}"
+        raise ValueError(f"{found[0]}: expected the scores of a run, found {reason}; evaluate anew") from None
+    return results
 
 
 def comparison_table(runs: list[Path]) -> str:
@@ -169,9 +175,9 @@ def predict_files(run_or_weights: Path, inputs: list[Path], out: Path) -> list[s
     model, metadata = best_model(run_or_weights)
     class_set, size = CLASS_SETS[metadata["class_set"]], (int(metadata["width"]), int(metadata["height"]))
     paths, problems = _find_images(inputs)
-    with exclusive(out, wait=True):
+    with exclusive(out, wait=True, below=OUTPUT):
         for path in tqdm(paths, unit="img", delay=1):
-            if os.path.realpath(path).startswith(os.path.join(os.path.realpath(out), "")):
+            if os.path.dirname(os.path.realpath(path)) in {os.path.realpath(out / folder) for folder in OUTPUT}:
                 continue  # our own earlier output
             try:
                 image = read_photo(path)
@@ -201,6 +207,6 @@ def _find_images(inputs: list[Path]) -> tuple[list[Path], list[str]]:
 
 def _write(out: Path, stem: str, image: np.ndarray, pred: np.ndarray, class_set: ClassSet) -> None:
     painted = class_set.paint(pred)
-    for folder, picture in (("ids", pred), ("colour", painted), ("overlay", overlay(image, painted))):
+    for folder, picture in zip(OUTPUT, (pred, painted, overlay(image, painted))):
         with atomic_open(out / folder / f"{stem}.png") as file:
             Image.fromarray(picture).save(file, format="PNG")

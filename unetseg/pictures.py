@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 
 from .files import read_bytes
 
+PHOTOS = ["PNG", "JPEG", "BMP", "TIFF", "WEBP"]  # of all that Pillow reads, some start other programs
 MAX_PIXELS = 8192 * 4096  # what declares more is refused before it is decoded
 
 
@@ -38,12 +39,12 @@ def read_png(path: Path, mode: str) -> tuple[np.ndarray, dict[str, str]]:
 
 
 def read_photo(path: Path) -> np.ndarray:
-    """Any 8-bit picture that Pillow reads, turned upright, as RGB (H, W, 3) uint8; alpha is dropped.
+    """An 8-bit picture of one of the PHOTOS formats, turned upright, as RGB (H, W, 3) uint8; alpha is dropped.
 
     Raises BadFile when it is damaged, too large or has more than 8 bits, OSError when it cannot be read.
     """
     try:
-        with _open(read_bytes(path)) as picture:
+        with _open(read_bytes(path), PHOTOS) as picture:
             if picture.mode.startswith(("I", "F")):
                 raise ValueError(f"one of more than 8 bits (mode {picture.mode})")
             ImageOps.exif_transpose(picture, in_place=True)
@@ -52,7 +53,7 @@ def read_photo(path: Path) -> np.ndarray:
         raise BadFile(f"{path}: expected a readable image, found {_reason(error, path)}") from None
 
 
-def _open(encoded: bytes, formats: list[str] | None = None) -> Image.Image:
+def _open(encoded: bytes, formats: list[str]) -> Image.Image:
     """The picture, not yet decoded: what it declares has cost no memory. Raises ValueError for too many pixels."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)

@@ -3,18 +3,31 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 
 
 def worker_pool(workers: int | None = None) -> ProcessPoolExecutor:
-    """A pool of `workers` processes (default: all cores) that leave Ctrl-C to the main process and end with it."""
-    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin)
+    """A pool of `workers` processes (default: all cores) that end with the main process.
+
+    They start with the first task; hand that in under `ctrl_c_for_us_alone`.
+    """
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=end_with_parent)
 
 
-def _begin() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
+@contextmanager
+def ctrl_c_for_us_alone() -> Iterator[None]:
+    """Processes that are started in this block ignore Ctrl-C from their first moment on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def end_with_parent() -> None:

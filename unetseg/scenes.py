@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .files import atomic_open
-from .pool import worker_pool
+from .pool import ctrl_c_for_us_alone, worker_pool
 
 EGO, BORDER, ROAD, SIDEWALK, BUILDING, WALL, FENCE = 1, 2, 7, 8, 11, 12, 13
 POLE, LIGHT, SIGN, TREE, GRASS, SKY, PERSON, RIDER = 17, 19, 20, 21, 22, 23, 24, 25
@@ -329,7 +329,9 @@ def draw_dataset(out: Path, num_scenes: dict[str, int], size: tuple[int, int] = 
                 jobs.append((size, (seed, number, place), image_path, labels_path))
     if jobs:
         with worker_pool() as pool:
-            list(tqdm(pool.map(_draw_files, jobs), total=len(jobs), desc="drawing", unit="img"))
+            with ctrl_c_for_us_alone():
+                drawn = pool.map(_draw_files, jobs)
+            list(tqdm(drawn, total=len(jobs), desc="drawing", unit="img"))
     return len(jobs)
 
 

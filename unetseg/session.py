@@ -8,7 +8,7 @@ from types import FrameType, TracebackType
 
 
 class Session:
-    """Inside its block SIGINT and SIGTERM only make `over` say so; the block's end delivers them as usual.
+    """Inside its block SIGINT and SIGTERM only make `over` say so; the block's end, but for an error, delivers them.
 
     max_minutes  until training has to be over; None: no end
     started      the time.monotonic() these minutes count from (default: now)
@@ -39,7 +39,7 @@ class Session:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._restore()
-        if self.received is not None:
+        if self.received is not None and error is None:  # an error, as of a save that failed, is what to know of
             signal.raise_signal(self.received)
 
     def over(self, reserve: float = 0.0) -> str:

@@ -1,5 +1,6 @@
 """What the three stages are, and every knob of a run."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -87,8 +88,11 @@ def resolve(settings: Settings) -> Settings:
     known |= {"epochs": stage.epochs, "lr": stage.lr}
     settings = replace(settings, **{key: value for key, value in known.items() if getattr(settings, key) is None})
     for name in ("epochs", "batch_size", "lr", "max_minutes"):
-        if not (getattr(settings, name) is None or getattr(settings, name) > 0):  # also true of NaN
+        if not (getattr(settings, name) is None or 0 < getattr(settings, name) < math.inf):  # also true of NaN
             raise SettingsError(f"{name}: expected more than 0, found {getattr(settings, name)}")
+    for name in ("weight_decay", "seed"):
+        if not 0 <= getattr(settings, name) < 2**32:
+            raise SettingsError(f"{name}: expected 0 or more, below 2**32, found {getattr(settings, name)}")
     for name, most in MOST.items():
         if not 0 < getattr(settings, name) <= most:
             raise SettingsError(f"{name}: expected 1 to {most}, found {getattr(settings, name)}")

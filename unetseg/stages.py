@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import reprlib
 import subprocess
 import warnings
 from collections.abc import Callable
@@ -106,12 +107,11 @@ def train(
     TrainingStopped when training cannot go on, OutOfTime before the first epoch.
     """
     settings, session = resolve(settings), Session(settings.max_minutes, started)
-    run, identity = Path(settings.out), identify(settings, train_set)
+    run, identity = Path(settings.out), identify(settings, train_set, val_set)
+    config = claim(run, identity)
+    if config and len(history := recorded(run)) >= settings.epochs:
+        return history
     with exclusive(run):
-        config = claim(run, identity)
-        history = checkpoint.read_history(run)
-        if config and len(history) >= settings.epochs:
-            return history
         if settings.deterministic:
             device.be_deterministic()
         model = build_model(settings, train_set.class_set)
@@ -143,7 +143,7 @@ def run_stage(
     try:
         history = engine.fit(keeper, loss_fn, train_batches, val_batches, tracker.epoch)
         if len(history) == settings.epochs:
-            log_best(run, val_set, settings.void, tracker)
+            log_best(run, val_set, settings.void, trainer.part, tracker)
     finally:
         tracker.finish()
     if not history:
@@ -151,24 +151,34 @@ def run_stage(
     return history
 
 
-def log_best(run: Path, val_set: SegmentationSet, void: str, tracker: Tracker) -> None:
+def recorded(run: Path) -> list[dict]:
+    """The history in a run's state, or, where somebody has deleted that, in history.csv."""
+    state = checkpoint.load_state(run)
+    return state["position"]["history"] if state else checkpoint.read_history(run)
+
+
+def log_best(run: Path, val_set: SegmentationSet, void: str, part: int, tracker: Tracker) -> None:
     """Log the best weights, their confusion matrix on val, and four pictures."""
     model, metadata = best_model(run)
     names, batches = val_set.class_set.names, Batches(val_set, 8, next(model.parameters()).device)
-    confusion = engine.evaluate(model, batches.epoch(), len(names), losses.cross_entropy).confusion
+    confusion = engine.evaluate(model, batches.epoch(), len(names), losses.cross_entropy, part=part).confusion
     pictures = predictions(model, val_set, 4)
     tracker.best(pictures, under_rule(confusion, void), names, run / checkpoint.WEIGHTS, metadata)
 
 
-def identify(settings: Settings, train_set: SegmentationSet) -> dict:
+def identify(settings: Settings, train_set: SegmentationSet, val_set: SegmentationSet) -> dict:
     """What makes a run this run and no other: settings, data, and the weights it starts from, by content."""
-    stats = b"".join(path.read_bytes() for path in sorted(Path(settings.data).glob("stats_*.json")))
+    data = hashlib.sha256()
+    for dataset in (train_set, val_set):
+        data.update("\0".join(dataset.split.stems).encode("utf-8", "surrogateescape"))
+        data.update(dataset.images.numpy())
+        data.update(dataset.masks.numpy())
     return {
         "settings": json.loads(json.dumps(asdict(settings))),
         "class_set": train_set.class_set.name,
         "width": train_set.size[0],
         "height": train_set.size[1],
-        "data_sha256": hashlib.sha256(stats).hexdigest(),
+        "data_sha256": data.hexdigest(),
         "init_sha256": fingerprint(settings.init) if settings.init else None,
     }
 
@@ -186,7 +196,7 @@ def claim(run: Path, identity: dict) -> dict | None:
     config = checkpoint.read_config(run)
     then, now = ({**facts, **facts["settings"]} for facts in (config, identity))
     changed = [
-        f"  {key}: {then.get(key)} there, {now[key]} now"
+        f"  {key}: {reprlib.repr(then.get(key))} there, {reprlib.repr(now[key])} now"
         for key in now
         if key not in FREE and then.get(key) != now[key]
     ]

@@ -20,7 +20,7 @@ import requests
 import wandb
 
 from .classes import IGNORE_INDEX
-from .pool import end_with_parent
+from .pool import ctrl_c_for_us_alone, end_with_parent
 
 TIMEOUT = 120  # seconds that uploading may take at the end of a run
 PATIENCE = 5  # seconds that the server may take to answer
@@ -77,7 +77,10 @@ class Tracker:
         self.records, self.messages, self.started = spawn.Queue(), spawn.Queue(), spawn.Event()
         arguments = self.records, self.messages, self.started, project, run, config
         self.process = spawn.Process(target=_mirror, args=arguments, daemon=True)
-        self.process.start()
+        self.wanted = os.environ.get("WANDB_MODE") != "disabled"
+        if self.wanted:
+            with ctrl_c_for_us_alone():
+                self.process.start()
 
     def epoch(self, record: dict) -> None:
         """Log a row of history with its per-class IoU."""
@@ -88,8 +91,9 @@ class Tracker:
         self._hand_over("best", *values)
 
     def _hand_over(self, *record: object) -> None:
-        self.records.put(record)
-        self._warn()
+        if self.wanted:
+            self.records.put(record)
+            self._warn()
 
     def _warn(self) -> None:
         while not self.messages.empty():
@@ -97,6 +101,8 @@ class Tracker:
 
     def finish(self) -> None:
         """End the W&B run, waiting no longer than TIMEOUT for its uploads, and half as long for one not begun."""
+        if not self.wanted:
+            return
         try:
             self._hand_over("finish")
             if self.process.is_alive() and self.started.wait(TIMEOUT / 2):
@@ -113,9 +119,10 @@ class Tracker:
 
 def _mirror(records: Queue, messages: Queue, started: Event, project: str, run: Path, config: dict) -> None:
     """The other end, a process of its own: log the records as they come, until "finish" or the first failure."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # training decides when to end
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # training decides when to end
     end_with_parent()
+    if "WANDB_API_KEY" in os.environ:
+        os.environ["WANDB_API_KEY"] = os.environ["WANDB_API_KEY"].strip()  # pasted ones have blanks at their ends
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)

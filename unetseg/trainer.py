@@ -1,5 +1,6 @@
 """One step of training, and all that a step changes: safe against numbers that are not finite and too little memory."""
 
+import reprlib
 import sys
 import warnings
 from collections.abc import Callable
@@ -26,9 +27,8 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.model, self.precision = model.to(memory_format=torch.channels_last), precision
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
-        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, max_lr=lr, total_steps=max(num_steps, 6), pct_start=0.2, cycle_momentum=False
-        )
+        self.schedule = {"max_lr": lr, "total_steps": max(num_steps, 6), "pct_start": 0.2, "cycle_momentum": False}
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, **self.schedule)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.part = sys.maxsize  # images that go through the network at once
         self.statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]  # of BatchNorm
@@ -37,17 +37,38 @@ class Trainer:
     def lr(self) -> float:
         return self.scheduler.get_last_lr()[0]
 
-    @property
-    def parts(self) -> dict:
-        return {key: getattr(self, key) for key in ("model", "optimizer", "scheduler", "scaler")}
-
     def state(self) -> dict:
-        return {key: part.state_dict() for key, part in self.parts.items()} | {"part": self.part}
+        """All that changes while training; what settings decide is not in it."""
+        moments, numbers = self.optimizer.state_dict()["state"], {"steps": self.scheduler.last_epoch, "part": self.part}
+        return {"model": self.model.state_dict(), "moments": moments, "scaler": self.scaler.state_dict(), **numbers}
 
     def load(self, state: dict) -> None:
-        for key, part in self.parts.items():
-            part.load_state_dict(state[key])
-        self.part = state["part"]
+        """Take over a state from a file. Raises ValueError and the like for one that does not fit."""
+        steps, part = state["steps"], state["part"]
+        if not (type(steps) is int and 0 <= steps <= self.schedule["total_steps"] and type(part) is int and part > 0):
+            raise ValueError(f"{reprlib.repr(steps)} steps, parts of {reprlib.repr(part)} images")
+        self.model.load_state_dict(state["model"])
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": self._moments(state["moments"]), "param_groups": groups})
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, **self.schedule, last_epoch=steps - 1)
+        self.scaler.load_state_dict(
+            {key: type(now)(state["scaler"][key]) for key, now in self.scaler.state_dict().items()}
+        )
+        self.part = part
+
+    def _moments(self, saved: dict) -> dict:
+        """AdamW's moments in memory of our own: the fused optimiser trusts their shapes."""
+        weights, moments = list(self.model.parameters()), {}
+        for number, found in saved.items():
+            weight = weights[number]
+            if (
+                not found["step"].numel() == 1
+                or not found["exp_avg"].shape == found["exp_avg_sq"].shape == weight.shape
+            ):
+                raise ValueError(f"moments of another shape than weight {number}")
+            moments[number] = {key: torch.empty_like(weight).copy_(found[key]) for key in ("exp_avg", "exp_avg_sq")}
+            moments[number]["step"] = torch.tensor(found["step"].item())
+        return moments
 
     def step(self, images: Tensor, masks: Tensor, loss_fn: LossFn) -> tuple[Tensor, Tensor]:
         """One update; returns the loss, and whether it and the gradient were finite, both () and still on the device.
