@@ -28,7 +28,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unetseg import checkpoint, data, pictures
+from unetseg import checkpoint, data, inference, pictures
 from unetseg.__main__ import main
 
 WIDTH, HEIGHT = 96, 64
@@ -206,6 +206,16 @@ def test_orphans_doubles_and_swapped_files_are_named(pairs, tmp_path):
     for stem, message in left_out.items():
         expected = {"orphan": "found none", "double": "found also", "swapped": "expected an 8-bit RGB image"}
         assert expected[stem[:-1]] in message and stem in message
+
+
+def test_a_file_without_a_name_is_named(tmp_path):
+    for folder, content in (("train", png(noise(*IMAGE))), ("trainannot", png(ids(*LABELS, high=12)))):
+        (tmp_path / "camvid" / folder).mkdir(parents=True)
+        for name in (".png", "a.png"):
+            (tmp_path / "camvid" / folder / name).write_bytes(content)
+    assert Raw.run(type("CamVid", (), {"root": tmp_path / "camvid"}), tmp_path / "out") == 1
+    stats = json.loads((tmp_path / "out" / "stats_train.json").read_text())
+    assert list(stats["files"]) == ["a"] and "expected a name before its ending" in stats["left_out"][""]
 
 
 def test_swapped_folders_leave_what_was_processed_alone(pairs, tmp_path, capsys):
@@ -520,7 +530,7 @@ def test_each_kind_of_bad_state_is_named_and_runs_nothing(trained, tmp_path, cap
 
 EDITS = [
     {"precision": "fp99"}, {"precision": "bf16"}, {"channels": 8}, {"seed": 9}, {"class_set": "camvid7"}, {"commit": 3},
-    {"settings": {}}, {"settings": None}, {"settings": [1]}, {"parameters": None}, {"void": ["ignore"]}, {"torch": {}},
+    {"settings": {}}, {"settings": {"epochs": "many"}}, {"settings": None}, {"settings": [1]}, {"parameters": None}, {"void": ["ignore"]}, {"torch": {}},
 ]  # fmt: skip
 
 
@@ -535,9 +545,8 @@ def test_an_edited_config_is_named(trained, processed, tmp_path, capsys, edit):
     assert main([*train, str(run)]) == 1
     said = capsys.readouterr().err
     assert str(run) in said and "Traceback" not in said
-    if edit not in ({"settings": {}},):  # evaluation asks for the number of epochs there alone
-        assert main(["evaluate", str(run), "--data", str(processed)]) == 1
-        assert "config.json" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--data", str(processed)]) == 1
+    assert "config.json" in capsys.readouterr().err
 
 
 def test_settings_edited_after_the_fact_are_seen(trained, tmp_path, capsys):
@@ -581,7 +590,7 @@ def test_each_kind_of_bad_photo_is_named(trained, tmp_path, capsys):
     photos.mkdir()
     deep = [("16bit.png", sixteen_bit(*LABELS)), ("float.tif", None), ("int.tif", None)]
     bad = {"cut0.png": whole[:20], "cut1.png": whole[: len(whole) // 2], "cut2.jpg": jpeg("RGB")[:90], "empty.png": b"",
-           "text.jpg": b"hello", "zeros.png": bytes(999), "bomb0.png": declares(60_000, 60_000),
+           "text.jpg": b"hello", "postscript.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "zeros.png": bytes(999), "bomb0.png": declares(60_000, 60_000),
            "bomb1.png": declares(8_193, 8_192), "bomb2.png": declares(2**31 - 1, 9), **dict(deep)}  # fmt: skip
     for name, content in bad.items():
         if content is not None:
@@ -605,6 +614,43 @@ def test_each_kind_of_bad_photo_is_named(trained, tmp_path, capsys):
         == len(modes)
         == len(list((tmp_path / "out" / "ids").iterdir()))
     )
+
+
+def test_photos_beside_their_predictions_are_predicted_once(trained, tmp_path):
+    (tmp_path / "photo.png").write_bytes(png(noise(*IMAGE)))
+    for _ in range(2):  # the second time the folder holds our own output, too
+        assert main(["predict", str(trained[0] / "run"), str(tmp_path), "--out", str(tmp_path)]) == 0
+        assert [path.name for path in (tmp_path / "ids").glob("*.png")] == ["photo.png"]
+
+
+# ---- scores
+
+
+@pytest.mark.parametrize(
+    "edit", [{}, {"rules": {}}, {"rules": []}, {"trained_void": None}, {"trained_void": []}, {"rules": {"ignore": 3}}]
+)
+def test_edited_scores_are_named(trained, processed, tmp_path, edit):
+    run = shutil.copytree(trained[0] / "run", tmp_path / "run")
+    assert main(["evaluate", str(run), "--data", str(processed)]) == 0
+    path = run / "results_test.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | edit if edit else {}))
+    with pytest.raises(ValueError, match=r"results_test.json: expected the scores of a run"):
+        inference.read_results(run)
+
+
+def test_a_finished_run_on_a_read_only_place_is_used_as_it_is(trained, processed, tmp_path, monkeypatch, capsys):
+    def read_only(*args, **more):
+        raise OSError(30, "Read-only file system", "run")
+
+    run = shutil.copytree(trained[0] / "run", tmp_path / "run")
+    for place in ("stages.exclusive", "stages.write_json", "inference.write_json"):
+        monkeypatch.setattr(f"unetseg.{place}", read_only)
+    train = [part for part in trained[1] if part != "--out"]
+    train[train.index("--epochs") + 1] = "1"
+    assert main([*train, "--out", str(run)]) == 0
+    assert main(["evaluate", str(run), "--data", str(processed)]) == 0
+    said = capsys.readouterr()
+    assert "pixel accuracy" in said.out and "the scores are not kept" in said.err
 
 
 # ---- the parsers, with whatever hypothesis finds

@@ -157,6 +157,13 @@ def test_a_signal_saves_and_is_then_delivered(sets, tmp_path):
         signal.signal(signal.SIGTERM, before)
 
 
+def test_an_error_is_not_hidden_by_a_signal():
+    with pytest.raises(OSError, match="disk full"), Session() as session:
+        signal.raise_signal(signal.SIGINT)
+        assert session.over() == "SIGINT"
+        raise OSError("disk full")
+
+
 def test_a_session_is_over_before_its_minutes_are():
     now = time.monotonic()
     assert Session(1.0, started=now - 61).over() == "the time is up"

@@ -1,6 +1,5 @@
 """Killed anywhere and started again, training and preprocessing end as if nothing had been."""
 
-import contextlib
 import os
 import resource
 import shutil
@@ -235,8 +234,10 @@ def test_a_failed_write_names_the_file_and_leaves_the_old_one(tmp_path):
 
 
 def test_leftovers_go_and_foreign_files_stay(tmp_path):
-    for name in (".state.pt.123.tmp", ".a\nb.npy.7.tmp", "mine.tmp", ".mine.tmp", ".x.12.tmp.bak"):
-        (tmp_path / name).touch()
-    with exclusive(tmp_path), contextlib.suppress(FileNotFoundError):
-        left = {path.name for path in tmp_path.iterdir()}
-    assert left - {".lock"} == {"mine.tmp", ".mine.tmp", ".x.12.tmp.bak"}
+    for place in (tmp_path, tmp_path / "a_processed" / "train", tmp_path / "run"):
+        place.mkdir(parents=True, exist_ok=True)
+        for name in (".state.pt.123.tmp", ".a\nb.npy.7.tmp", "mine.tmp", ".mine.tmp", ".x.12.tmp.bak"):
+            (place / name).touch()
+    with exclusive(tmp_path, below=("*_processed/*",)):
+        for place, count in ((tmp_path, 3), (tmp_path / "a_processed" / "train", 3), (tmp_path / "run", 5)):
+            assert len([path for path in place.iterdir() if path.is_file() and path.name != ".lock"]) == count

@@ -65,7 +65,7 @@ def server(no_account, monkeypatch, request):
     """A server that answers as the test's parameter says; None: nobody listens."""
     server = Server(request.param or "ok")
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_API_KEY", f"{KEY} ")  # as it is pasted
     if request.param is None:
         server.shutdown()
         server.server_close()

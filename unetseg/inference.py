@@ -174,11 +174,10 @@ def predict_files(run_or_weights: Path, inputs: list[Path], out: Path) -> list[s
     """
     model, metadata = best_model(run_or_weights)
     class_set, size = CLASS_SETS[metadata["class_set"]], (int(metadata["width"]), int(metadata["height"]))
-    paths, problems = _find_images(inputs)
+    own = {os.path.realpath(out / folder) for folder in OUTPUT}  # what we wrote there earlier
+    paths, problems = _find_images(inputs, own)
     with exclusive(out, wait=True, below=OUTPUT):
         for path in tqdm(paths, unit="img", delay=1):
-            if os.path.dirname(os.path.realpath(path)) in {os.path.realpath(out / folder) for folder in OUTPUT}:
-                continue  # our own earlier output
             try:
                 image = read_photo(path)
                 _write(out, path.stem, image, predict(model, image, size), class_set)
@@ -189,14 +188,17 @@ def predict_files(run_or_weights: Path, inputs: list[Path], out: Path) -> list[s
     return problems
 
 
-def _find_images(inputs: list[Path]) -> tuple[list[Path], list[str]]:
-    """The image files under the inputs, and a message for each input without any and each name that occurs twice."""
+def _find_images(inputs: list[Path], own: set[str]) -> tuple[list[Path], list[str]]:
+    """The image files under the inputs, and a message for each input without any and each name that occurs twice.
+
+    own  folders whose files do not count
+    """
     found: dict[str, Path] = {}
     problems = []
     for given in inputs:
-        paths = (
-            [given] if given.is_file() else sorted(p for p in given.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        )
+        paths = [given] if given.is_file() else sorted(given.rglob("*"))
+        paths = [path for path in paths if path == given or path.suffix.lower() in IMAGE_SUFFIXES]
+        paths = [path for path in paths if os.path.dirname(os.path.realpath(path)) not in own]
         if not paths:
             problems.append(f"{given}: expected an image or a folder of images, found none")
         for path in paths:
