@@ -510,7 +510,7 @@ def test_each_kind_of_bad_state_is_named_and_runs_nothing(trained, tmp_path, cap
         "steps and parts": [saved(state | {"trainer": trainer | edit}) for edit in (
             {"steps": -1}, {"steps": 10**30}, {"steps": 1.5}, {"steps": None}, {"part": 0}, {"part": "all"})],
         "positions": [saved(state | {"position": position | edit}) for edit in (
-            {"step": 1.5}, {"step": 10**30}, {"seconds": "long"}, {"history": [{"a": 1}]}, {"sums": 4},
+            {"step": 1.5}, {"step": 1.0}, {"step": 10**30}, {"seconds": "long"}, {"history": [{"a": 1}]}, {"sums": 4},
             {"history": [position["history"][0] | {"val_miou": math.nan}]}, {"history": position["history"] * 2})],
         "moments": [saved(state | {"trainer": trainer | {"moments": moments}}) for moments in (
             {0: {"step": torch.ones(()), "exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1)}},

@@ -123,7 +123,8 @@ def resume(trainer: Trainer, job: Job) -> Position:
         position = Position(**saved["position"])
         position.sums = position.sums.to(trainer.device, torch.float64)
         steps = range(trainer.schedule["total_steps"] + 1)
-        if position.sums.shape != (4,) or position.step not in steps or not math.isfinite(position.seconds):
+        sound = type(position.step) is int and position.step in steps and math.isfinite(position.seconds)
+        if position.sums.shape != (4,) or not sound:
             raise ValueError(f"step {reprlib.repr(position.step)}, {reprlib.repr(position.seconds)} seconds")
         if position.history:
             checkpoint.write_history(job.run, position.history)  # the last row may be missing
