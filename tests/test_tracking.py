@@ -143,6 +143,7 @@ def test_everything_is_logged_offline(no_account, tmp_path):
     (folder,) = (run / "wandb").glob("offline-run-*")
     media = [path.name for path in folder.rglob("*.*") if "media" in path.parts]
     assert sum(name.endswith(".jpg") for name in media) == 2 and sum(name.endswith(".mask.png") for name in media) == 4
+    assert not [path for path in (run / "wandb").rglob("*") if path.suffix in (".py", ".ipynb", ".sh", ".env")]
     (table,) = folder.rglob("*.table.json")
     assert ["person", "road", 2] in json.loads(table.read_text())["data"]
 
