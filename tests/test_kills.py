@@ -144,7 +144,7 @@ def test_a_preprocessing_killed_anywhere_ends_as_if_nothing_had_been(raw, tmp_pa
         assert process.wait() in (-signal.SIGKILL, 0)
         for path in (tmp_path / "parts").rglob("*.npy"):
             assert len(path.read_bytes()) == 64 * 64 * 3 * 4 + 128
-        (tmp_path / "parts" / "images_processed" / f".left.npy.{process.pid}.tmp").write_bytes(b"half")
+        (tmp_path / "parts/images_processed/train" / f".left.npy.{process.pid}.tmp").write_bytes(b"half")
     assert start(*preprocess(raw, tmp_path / "parts")).wait() == 0
     assert tree(tmp_path / "parts") == tree(tmp_path / "whole")
     assert tree(raw) == before

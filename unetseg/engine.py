@@ -126,8 +126,6 @@ def resume(trainer: Trainer, job: Job) -> Position:
         sound = type(position.step) is int and position.step in steps and math.isfinite(position.seconds)
         if position.sums.shape != (4,) or not sound:
             raise ValueError(f"step {reprlib.repr(position.step)}, {reprlib.repr(position.seconds)} seconds")
-        if position.history:
-            checkpoint.write_history(job.run, position.history)  # the last row may be missing
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {str(error)[:300]}"
         raise ValueError(f"{path}: expected the state of this run, found {reason}") from None

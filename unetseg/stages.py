@@ -1,5 +1,6 @@
 """The three stages, wired: data, model, loss, augmentation, engine and tracking meet here and nowhere else."""
 
+import contextlib
 import hashlib
 import json
 import reprlib
@@ -154,7 +155,13 @@ def run_stage(
 def recorded(run: Path) -> list[dict]:
     """The history in a run's state, or, where somebody has deleted that, in history.csv."""
     state = checkpoint.load_state(run)
-    return state["position"]["history"] if state else checkpoint.read_history(run)
+    if state is None:
+        return checkpoint.read_history(run)
+    history = state["position"]["history"]
+    if history:
+        with contextlib.suppress(OSError):  # of a run that is attached read-only
+            checkpoint.write_history(run, history)  # its last row may be missing
+    return history
 
 
 def log_best(run: Path, val_set: SegmentationSet, void: str, part: int, tracker: Tracker) -> None:

@@ -43,6 +43,8 @@ def choose_mode(say: Callable[[str], None]) -> str:
 
 
 def _server_and_key() -> tuple[str, str | None]:
+    if "WANDB_API_KEY" in os.environ:
+        os.environ["WANDB_API_KEY"] = os.environ["WANDB_API_KEY"].strip()  # W&B stumbles over the blanks of pasted ones
     settings = wandb.Settings()
     settings.update_from_system_settings()
     settings.update_from_env_vars(os.environ)
@@ -121,8 +123,6 @@ def _mirror(records: Queue, messages: Queue, started: Event, project: str, run: 
     """The other end, a process of its own: log the records as they come, until "finish" or the first failure."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # training decides when to end
     end_with_parent()
-    if "WANDB_API_KEY" in os.environ:
-        os.environ["WANDB_API_KEY"] = os.environ["WANDB_API_KEY"].strip()  # pasted ones have blanks at their ends
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
