@@ -441,6 +441,7 @@ def bad_weights(whole, owned):
             weights({key: value for key, value in state.items() if "head" not in key}),
             weights(state, class_set="cityscapes19"),
         ],
+        "not finite": [weights(state | {"head.bias": torch.full((7,), value)}) for value in (math.nan, math.inf, -math.inf)],
         "foreign metadata": [
             safetensors.torch.save(state),
             weights(state, channels="many"),

@@ -69,8 +69,10 @@ def load_weights(run_or_weights: Path) -> tuple[dict[str, Tensor], dict[str, str
             state = {key: file.get_tensor(key) for key in keys}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path}: expected weights saved by unetseg, found {error}") from None
-    if checksum(state) != metadata["sha256"] or not all(value.isfinite().all() for value in state.values()):
+    if checksum(state) != metadata["sha256"]:
         raise ValueError(f"{path}: expected the weights that were saved, found others (wrong checksum); copy it anew")
+    if not all(value.isfinite().all() for value in state.values()):
+        raise ValueError(f"{path}: expected finite weights, found NaN or infinity; train anew")
     return state, metadata
 
 

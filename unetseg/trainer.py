@@ -61,10 +61,7 @@ class Trainer:
         weights, moments = list(self.model.parameters()), {}
         for number, found in saved.items():
             weight = weights[number]
-            if (
-                not found["step"].numel() == 1
-                or not found["exp_avg"].shape == found["exp_avg_sq"].shape == weight.shape
-            ):
+            if not found["exp_avg"].shape == found["exp_avg_sq"].shape == weight.shape:
                 raise ValueError(f"moments of another shape than weight {number}")
             moments[number] = {key: torch.empty_like(weight).copy_(found[key]) for key in ("exp_avg", "exp_avg_sq")}
             moments[number]["step"] = torch.tensor(found["step"].item())
