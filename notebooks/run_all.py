@@ -20,7 +20,7 @@ from image_segmentation_preprocessing import find_layout
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from unetseg import scenes, stages
-from unetseg.data import find_split
+from unetseg.processed import find_split
 
 QUICK_SIZE = {"cityscapes": "192x96", "camvid": "144x108"}  # the shape of the originals, few pixels
 QUICK_CHANNELS = 16

@@ -32,7 +32,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from unetseg.classes import CLASS_SETS, IGNORE_INDEX, ClassSet
 from unetseg.files import atomic_open, exclusive, read_bytes, write_json
-from unetseg.pictures import BadFile, read_png
+from unetseg.pictures import BadFile, overlay, read_png
 from unetseg.pool import ctrl_c_for_us_alone, worker_pool
 
 log = logging.getLogger("preprocessing")
@@ -312,7 +312,7 @@ def draw(output: Path, stats: dict, num_samples: int) -> None:
         stored = np.load(output / "images_processed" / split / f"{stems[place]}.npy", allow_pickle=False)
         image = stored if stored.dtype == np.uint8 else np.rint(stored * np.float32(255)).astype(np.uint8)
         painted = class_set.paint(np.array(Image.open(output / "masks_processed" / split / f"{stems[place]}.png")))
-        rows.append([image, painted, plots.overlay(image, painted)])
+        rows.append([image, painted, overlay(image, painted)])
     if rows:
         plots.save(plots.panels(rows, ["image", "mask", "overlay"], class_set), folder / f"{split}_samples.jpg")
 

@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unetseg import checkpoint, data, inference, pictures
+from unetseg import checkpoint, data, inference, pictures, processed
 from unetseg.__main__ import main
 
 WIDTH, HEIGHT = 96, 64
@@ -689,7 +689,7 @@ def test_a_changed_png_is_refused_or_whole(tmp_path, content):
 def test_a_changed_array_is_refused_or_whole(tmp_path, content):
     (tmp_path / "a.npy").write_bytes(content)
     try:
-        assert data._read_image(tmp_path / "a.npy", (4, 4, 3), None).dtype == np.uint8
+        assert processed.read_image(tmp_path / "a.npy", (4, 4, 3), None)[0].dtype == np.uint8
     except ValueError as error:
         assert "a.npy: expected" in str(error)
 

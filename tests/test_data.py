@@ -9,7 +9,8 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 
 from unetseg import data
-from unetseg.data import Batches, class_weights, find_split, instance_boxes, load_split, weights_table
+from unetseg.data import Batches, class_weights, instance_boxes, load_split, weights_table
+from unetseg.processed import find_split, scored_split
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_without_val_a_fifth_of_train_is_held_out_and_said(copy):
     train, val = find_split(copy, "train"), find_split(copy, "val")
     assert len(val.stems) == 1 and not set(train.stems) & set(val.stems) and len(train.stems) == 5
     assert "held out" in val.note and "held out" in train.note
-    assert data.scored_split(copy) == "val"
+    assert scored_split(copy) == "val"
     assert len(load_split(copy, "val")) == 1
 
 

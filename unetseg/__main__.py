@@ -78,6 +78,8 @@ def add_settings(command: argparse.ArgumentParser) -> None:
     add("--aim-at", nargs="+", metavar="CLASS", help="classes of those instances (people)")
     add("--void", choices=("ignore", "background"), help="void rule (ignore)")
     add("--precision", choices=("auto", "fp32", "fp16", "bf16"), help="auto: measured")
+    add("--memory-format", choices=("auto", "channels_last", "contiguous"), help="auto: measured")
+    add("--compile", choices=("auto", "yes", "no"), help="auto: on a GPU, where it works and the run would repay it")
     add("--weighting", choices=("sqrt", "inverse", "median", "enet", "none"), help="class weights (sqrt: 1/√f)")
     add("--occluded", choices=("keep", "void"), help="covered pixels keep their class, or become void (keep)")
     add("--deterministic", action="store_true", help="on a GPU: the same bits in every run, for some speed")

@@ -1,10 +1,10 @@
-"""The processed folder as data sets in memory: splits, checks, class frequencies and weights, batches."""
+"""The splits of a processed folder as data sets in memory: batches, class frequencies and weights, instances."""
 
-import io
-import json
-import math
-import zlib
+import hashlib
+import os
+import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,23 +15,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from . import memory
 from .augment import epoch_draws
 from .classes import CLASS_SETS, IGNORE_INDEX, ClassSet
-from .files import read_bytes, read_json
-from .pictures import read_png
+from .processed import Split, find_split, read_pair, read_stats
 
 PEOPLE = ("person", "rider", "pedestrian", "bicyclist")
 WEIGHTINGS = ("sqrt", "inverse", "median", "enet", "none")
-
-
-@dataclass(frozen=True)
-class Split:
-    """Which files make up a split: the folder they lie in, their stems, and where the split comes from, in words."""
-
-    name: str
-    folder: str
-    stems: list[str]
-    note: str
 
 
 class SegmentationSet(Dataset):
@@ -40,13 +30,15 @@ class SegmentationSet(Dataset):
     images      (N, H, W, 3) uint8
     masks       (N, H, W) uint8 class ids; under void="background" void has become class 0
     num_pixels  (N, C) pixels per image and class in these masks
+    sha256      of names and contents, as they were stored
     """
 
     def __init__(
-        self, split: Split, class_set: ClassSet, images: Tensor, masks: Tensor, num_pixels: np.ndarray
+        self, split: Split, class_set: ClassSet, images: Tensor, masks: Tensor, num_pixels: np.ndarray, sha256: str
     ) -> None:
-        self.split, self.class_set = split, class_set
+        self.split, self.class_set, self.sha256 = split, class_set, sha256
         self.images, self.masks, self.num_pixels = images, masks, num_pixels
+        self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self.images)
@@ -57,8 +49,19 @@ class SegmentationSet(Dataset):
 
     def batch(self, indices: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Images (N, 3, H, W) float32 in [0, 1] and masks (N, H, W) int64 of these indices, on `device`."""
-        images, masks = self.images[indices].to(device), self.masks[indices].to(device)
+        images, masks = self._near(torch.device(device))
+        images, masks = (stored[indices.to(stored.device)].to(device) for stored in (images, masks))
         return images.permute(0, 3, 1, 2) / 255, masks.long()
+
+    def _near(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Images and masks on `device`, if that is a GPU with room for four times as much; else where they are."""
+        if device not in self._copies:
+            stored = self.images, self.masks
+            fits = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 4 * sum(
+                part.nbytes for part in stored
+            )
+            self._copies[device] = tuple(part.to(device) for part in stored) if fits else stored
+        return self._copies[device]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -101,142 +104,62 @@ def load_split(processed: Path, name: str, void: str = "ignore") -> Segmentation
     name  "train", "val", "test" or "val_all"
     Raises ValueError, naming every offender, for orphans, wrong shapes and types, and values outside the class set.
     """
+    memory.keep_freed()
     split = find_split(processed, name)
-    stats = _stats(processed, split.folder)
+    stats = read_stats(processed, split.folder)
     class_set = CLASS_SETS[stats["class_set"]]
     if void not in class_set.void_rules:
         raise ValueError(f"void rule: expected one of {class_set.void_rules} for {class_set.name}, found {void!r}")
-    width, height = stats["size"]
-    images = np.empty((len(split.stems), height, width, 3), np.uint8)
-    masks = np.empty((len(split.stems), height, width), np.uint8)
-    num_pixels, problems = np.empty((len(split.stems), len(class_set) + 1), np.int64), []
-    for row, stem in enumerate(tqdm(split.stems, desc=f"reading {name}", unit="img", leave=False, delay=1)):
-        try:
-            images[row], masks[row], num_pixels[row] = _read_pair(processed, split, stem, class_set, (width, height))
-        except (ValueError, OSError) as error:
-            problems.append(str(error))
-    if problems:
-        raise ValueError("\n".join([f"{len(problems)} unusable files; rerun preprocessing:", *problems]))
+    images, masks, num_pixels, sha256 = _read_pairs(processed, split, class_set, tuple(stats["size"]))
     if void == "background":
         masks[masks == IGNORE_INDEX] = 0
         num_pixels[:, 0] += num_pixels[:, -1]
-    return SegmentationSet(split, class_set, torch.from_numpy(images), torch.from_numpy(masks), num_pixels[:, :-1])
+    tensors = torch.from_numpy(images), torch.from_numpy(masks)
+    return SegmentationSet(split, class_set, *tensors, num_pixels[:, :-1], sha256)
 
 
-def find_split(processed: Path, name: str) -> Split:
-    """The files of a split, as DESIGN's rules cut them. Raises ValueError when the folder has no such split.
+def _read_pairs(
+    processed: Path, split: Split, class_set: ClassSet, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+    """Images, masks, pixels per class and void (N, C + 1), and a fingerprint of it all; read by a thread per core."""
+    number, (width, height) = len(split.stems), size
+    images, masks = _room((number, height, width, 3)), _room((number, height, width))
+    num_pixels, checksums = np.empty((number, len(class_set) + 1), np.int64), np.empty((number, 2), np.uint32)
 
-    Cityscapes' val is halved into test and val as scikit-learn's train_test_split(indices, test_size=0.5,
-    random_state=42) does (first half returned = test). Without a val folder, a seeded fifth of train is held out.
+    def read(row: int) -> str:
+        """Fill a row; returns what is wrong with its files, or ""."""
+        try:
+            pair = read_pair(processed, split, split.stems[row], class_set, size)
+        except (ValueError, OSError) as error:
+            return str(error)
+        images[row], masks[row], num_pixels[row], checksums[row] = pair
+        return ""
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        said = tqdm(pool.map(read, range(number)), f"reading {split.name}", number, unit="img", leave=False, delay=1)
+        problems = [problem for problem in said if problem]
+    if problems:
+        raise ValueError("\n".join([f"{len(problems)} unusable files; rerun preprocessing:", *problems]))
+    names = "\0".join(split.stems).encode("utf-8", "surrogateescape")
+    return images, masks, num_pixels, hashlib.sha256(names + checksums.tobytes()).hexdigest()
+
+
+def _room(shape: tuple[int, ...]) -> np.ndarray:
+    """Uninitialised uint8 values: in memory where it has room for twice as much, else in a file, mapped.
+
+    The file has no name and goes with the process; its folder is the system's for temporary files (TMPDIR).
     """
-    known = next((f for f in ("train", "val", "test") if (processed / f"stats_{f}.json").is_file()), "train")
-    layout, has_val = _stats(processed, known)["layout"], (processed / "images_processed" / "val").is_dir()
-    if name in ("train", "val") and not has_val:
-        return _hold_out(name, _stems(processed, "train"))
-    if layout == "cityscapes" and has_val and name in ("val", "test"):
-        half = _half(name, _stems(processed, "val"))
-        if half.stems:
-            return half
-    folder = "val" if name == "val_all" else name
-    if not (processed / "images_processed" / folder).is_dir() or (layout == "cityscapes" and name == "test"):
-        raise ValueError(f"{processed}: expected a split {name!r}, found none; process it, or choose another split")
-    stems = _stems(processed, folder)
-    return Split(name, folder, stems, f"all {len(stems)} {folder} images")
-
-
-def _hold_out(name: str, stems: list[str]) -> Split:
-    held_out = set(np.random.RandomState(42).permutation(len(stems))[: max(1, round(len(stems) / 5))].tolist())
-    kept = [stem for place, stem in enumerate(stems) if (place in held_out) == (name == "val")]
-    if not kept:
-        raise ValueError(f"expected at least 2 training images to hold one out as val, found {len(stems)}")
-    reason = "there is no val split, so a fifth of train is held out as val"
-    return Split(name, "train", kept, f"{len(kept)} of {len(stems)} train images: {reason}")
-
-
-def _half(name: str, stems: list[str]) -> Split:
-    shuffled, num_val = np.random.RandomState(42).permutation(len(stems)), -(-len(stems) // 2)
-    half = shuffled[:num_val] if name == "val" else shuffled[num_val:]
-    return Split(name, "val", [stems[place] for place in half], f"{len(half)} of the {len(stems)} val images")
-
-
-def scored_split(processed: Path) -> str:
-    """The split that final scores are taken on: "test" where there is one, else "val"."""
+    size = int(np.prod(shape))
+    if 2 * size < memory.free_bytes():
+        return np.empty(shape, np.uint8)
+    allocate = getattr(os, "posix_fallocate", lambda file, start, size: os.truncate(file, size))
     try:
-        find_split(processed, "test")
-    except ValueError:
-        return "val"
-    return "test"
-
-
-def _stats(processed: Path, folder: str) -> dict:
-    path = processed / f"stats_{folder}.json"
-    if not path.is_file():
-        raise ValueError(f"{path}: expected what preprocessing writes, found nothing; run preprocessing first")
-    stats = read_json(path)
-    size, files = stats.get("size"), stats.get("files")
-    sound = {
-        "layout": stats.get("layout") in ("cityscapes", "camvid"),
-        "class_set": isinstance(stats.get("class_set"), str) and stats["class_set"] in CLASS_SETS,
-        "size": isinstance(size, list) and len(size) == 2 and all(type(n) is int and 8 <= n <= 8192 for n in size),
-        "files": isinstance(files, dict),
-    }
-    for key, good in sound.items():
-        if not good:
-            raise ValueError(f"{path}: expected what preprocessing writes, found {key} {stats.get(key)!r}; rerun it")
-    return stats
-
-
-def _stems(processed: Path, folder: str) -> list[str]:
-    """Sorted stems of a folder whose images, masks and stats agree. Raises ValueError naming each that does not."""
-    images = {path.stem for path in (processed / "images_processed" / folder).glob("*.npy")}
-    masks = {path.stem for path in (processed / "masks_processed" / folder).glob("*.png")}
-    listed = set(_stats(processed, folder)["files"])
-    problems = [f"{folder}/{stem}.npy: image without a mask" for stem in sorted(images - masks)]
-    problems += [f"{folder}/{stem}.png: mask without an image" for stem in sorted(masks - images)]
-    problems += [f"{folder}/{stem}: not in stats_{folder}.json" for stem in sorted((images & masks) - listed)]
-    problems += [f"{folder}/{stem}: in stats_{folder}.json but not there" for stem in sorted(listed - images - masks)]
-    if problems or not images:
-        raise ValueError("\n".join([f"{processed}: expected pairs of image and mask; rerun preprocessing", *problems]))
-    return sorted(images)
-
-
-def _read_pair(
-    processed: Path, split: Split, stem: str, class_set: ClassSet, size: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image (H, W, 3) uint8, mask (H, W) uint8, pixels per class and void (C + 1,). Raises ValueError naming a file."""
-    mask_path = processed / "masks_processed" / split.folder / f"{stem}.png"
-    image_path = processed / "images_processed" / split.folder / f"{stem}.npy"
-    mask, texts = read_png(mask_path, "L")
-    if mask.shape != size[::-1]:
-        raise ValueError(f"{mask_path}: expected {size[::-1]}, found {mask.shape}")
-    counts = cv2.calcHist([mask], [0], None, [256], [0, 256]).ravel().astype(np.int64)
-    bad = sorted({*np.flatnonzero(counts).tolist()} - {*range(len(class_set)), IGNORE_INDEX})
-    if bad:
-        raise ValueError(f"{mask_path}: expected values 0..{len(class_set) - 1} or {IGNORE_INDEX}, found {bad}")
-    image = _read_image(image_path, (*size[::-1], 3), texts.get("unetseg"))
-    return image, mask, np.append(counts[: len(class_set)], counts[IGNORE_INDEX])
-
-
-def _read_image(path: Path, shape: tuple[int, ...], note: str | None) -> np.ndarray:
-    """A stored image as uint8: k from uint8, and from a float k/255. Raises ValueError naming the file.
-
-    note  what preprocessing wrote into the mask; its checksum must be the file's
-    """
-    try:
-        content = read_bytes(path, most=4 * math.prod(shape) + 4096)
-        crc32 = json.loads(note)["image_crc32"] if note else None
-        stored = np.load(io.BytesIO(content), allow_pickle=False)
-        found = stored.shape, stored.dtype.name
-    except Exception as error:  # numpy names no common base for what damaged files raise
-        reason = str(error).removeprefix(f"{path}: ") or type(error).__name__
-        raise ValueError(f"{path}: expected the .npy array that preprocessing wrote, found {reason}") from None
-    if found[0] != shape or found[1] not in ("uint8", "float16", "float32"):
-        raise ValueError(f"{path}: expected {shape} float32, float16 or uint8, found {found[0]} {found[1]}")
-    if stored.dtype != np.uint8 and not (stored.min() >= 0 and stored.max() <= 1):  # also true for NaN
-        raise ValueError(f"{path}: expected values in [0, 1], found {stored.min()} to {stored.max()}")
-    if crc32 is not None and crc32 != zlib.crc32(content):
-        raise ValueError(f"{path}: expected the array that preprocessing wrote, found another (wrong checksum)")
-    return stored if stored.dtype == np.uint8 else np.rint(stored * np.float32(255)).astype(np.uint8)
+        with tempfile.TemporaryFile() as file:
+            allocate(file.fileno(), 0, size)  # a full disk must be an error here, not a crash in the mapping
+            return np.memmap(file, np.uint8, "r+", shape=shape)
+    except OSError as error:
+        reason = f"{error.strerror}: {size >> 20} MiB for a split too large for memory; set TMPDIR to another folder"
+        raise OSError(error.errno, reason, tempfile.gettempdir()) from None
 
 
 def class_weights(num_pixels: np.ndarray, weighting: str = "sqrt") -> np.ndarray:
@@ -285,15 +208,17 @@ def instance_boxes(
         raise ValueError(f"classes to occlude: expected some of {', '.join(known)}; found {', '.join(sorted(unknown))}")
     wanted = [known.index(name) for name in names]
     boxes, num_boxes = np.zeros((len(dataset), most, 4), np.float32), np.zeros(len(dataset), np.int64)
-    for row, mask in enumerate(dataset.masks.numpy()):
-        found = []
+
+    def find(row: int) -> None:
+        found, mask = [], dataset.masks[row].numpy()
         for class_id in wanted:
-            components = cv2.connectedComponentsWithStats((mask == class_id).astype(np.uint8))[2][
-                1:
-            ]  # x, y, w, h, area
-            found += [c for c in components.tolist() if c[4] >= smallest]
+            components = cv2.connectedComponentsWithStats((mask == class_id).astype(np.uint8))[2][1:]
+            found += [c for c in components.tolist() if c[4] >= smallest]  # x, y, w, h, area
         found = sorted(found, key=lambda c: -c[4])[:most]
         num_boxes[row] = len(found)
         for place, (x, y, w, h, _) in enumerate(found):
             boxes[row, place] = x, y, x + w, y + h
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(find, range(len(dataset))))
     return torch.from_numpy(boxes), torch.from_numpy(num_boxes)

@@ -1,9 +1,11 @@
-"""Which device and precision to train in; the precision is measured, once per device, torch version, model and size."""
+"""Which device to compute on, and how: precision, memory format and compilation, by measurement on that very device."""
 
 import contextlib
+import importlib.util
 import os
 import platform
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -11,7 +13,25 @@ from torch import Tensor, nn
 
 from .files import read_json, write_json
 
-DTYPES = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+DEFAULTS = {"cuda": ("fp16", "bf16", "fp32"), "cpu": ("fp32", "bf16")}  # the first stays unless another is faster
+CLEARLY = 1.1  # times as fast, to be preferred
+COMPILING = 60.0  # seconds that compiling may take; the run must be twenty times as long for it to be tried
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a network computes on a device; `why` says it in words, with the seconds that were measured."""
+
+    precision: str  # "fp32" (on a GPU with TF32, that), "fp16" or "bf16"
+    memory_format: str  # "channels_last" or "contiguous"
+    compile: bool
+    why: str
+
+    def __str__(self) -> str:
+        compiled = ", compiled" if self.compile else ""
+        return f"{self.precision}, {self.memory_format}{compiled}: {self.why}"
 
 
 def pick_device() -> torch.device:
@@ -26,72 +46,149 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
-def be_deterministic() -> None:
-    """Let a GPU take only algorithms that give the same bits every time; to be called before its first use."""
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
+def be_deterministic(wanted: bool) -> None:
+    """Let a GPU take only algorithms that give the same bits every time, or else the fastest; before its first use."""
+    if wanted:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.backends.cudnn.benchmark = not wanted
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context for forward passes in "fp32", "fp16" or "bf16"."""
-    return torch.autocast(device.type, DTYPES[precision] or torch.bfloat16, enabled=precision != "fp32")
+    enabled = precision != "fp32"
+    return torch.autocast(device.type, DTYPES[precision] if enabled else torch.bfloat16, enabled=enabled)
 
 
-def choose_precision(asked: str, model: nn.Module, size: tuple[int, int]) -> str:
-    """The precision asked for, or for "auto" the fastest for training this model, by a few measured steps.
+def choose(
+    model: nn.Module,
+    size: tuple[int, int],
+    num_steps: int = 0,
+    precision: str = "auto",
+    memory_format: str = "auto",
+    compiled: str = "auto",
+    training: bool = True,
+) -> Choice:
+    """What was asked for; where that is "auto", the fastest on this device for this model, by a few measured steps.
 
-    The default (fp16 on a GPU, fp32 on a CPU) stays unless another is 10 % faster and its output agrees. The
-    answer is kept in the user's cache.
+    The default (fp16 on a GPU, fp32 on a CPU, channels_last) stays unless another is clearly faster and its output
+    agrees. What cannot run here is passed over. Compiling is tried on GPUs alone, for runs that would repay it. Answers
+    are kept in the user's cache.
+
+    num_steps  that the run will take
+    compiled   "auto", "yes" or "no"
+    training   whether to measure forward and backward passes, or forward passes alone
     """
-    if asked != "auto":
-        return asked
     device = next(model.parameters()).device
-    candidates = ["fp16", "bf16", "fp32"] if device.type == "cuda" else ["fp32", "bf16"]
-    num_weights = sum(weight.numel() for weight in model.parameters())
-    key = f"{device_name(device)} | torch {torch.__version__} | {num_weights} weights | {size[0]}x{size[1]}"
-    path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "unetseg" / "precision.json"
-    cache = {}
-    with contextlib.suppress(OSError, ValueError):  # none yet, or a damaged one
-        cache = read_json(path)
-    if cache.get(key) in candidates:
-        return cache[key]
-    seconds, outputs = {}, {}
-    for precision in candidates:
-        seconds[precision], outputs[precision] = _time_steps(model, size, precision)
-    best = min(seconds, key=seconds.get)
-    spread = outputs["fp32"].std() + 1e-6
-    agrees = (outputs[best] - outputs["fp32"]).abs().mean() < 0.1 * spread
-    chosen = best if agrees and seconds[best] < seconds[candidates[0]] / 1.1 else candidates[0]
-    with contextlib.suppress(OSError):  # a read-only home costs a measurement per run, nothing else
-        write_json(path, cache | {key: chosen})
+    precisions = DEFAULTS[device.type] if precision == "auto" else (precision,)
+    formats = tuple(FORMATS) if memory_format == "auto" else (memory_format,)
+    candidates = [f"{one}, {other}" for one in precisions for other in formats]
+    if len(candidates) == 1:
+        chosen = Choice(*candidates[0].split(", "), False, "as asked for")
+    else:
+        chosen = _remembered(model, size, candidates, training)
+    if compiled == "yes" or (compiled == "auto" and num_steps and _repays(model, size, chosen, num_steps)):
+        why = "as asked for" if compiled == "yes" else f"{chosen.why}; compiled is faster still, and the run long"
+        chosen = Choice(chosen.precision, chosen.memory_format, True, why)
     return chosen
 
 
-def seconds_per_image(model: nn.Module, size: tuple[int, int], precision: str) -> float:
+def _remembered(model: nn.Module, size: tuple[int, int], candidates: list[str], training: bool) -> Choice:
+    """The choice that was made here before for this device, torch version, model and size, or a new one."""
+    device, num_weights = next(model.parameters()).device, sum(weight.numel() for weight in model.parameters())
+    about = (device_name(device), f"torch {torch.__version__}", f"{num_weights} weights", f"{size[0]}x{size[1]}")
+    key = " | ".join((*about, "training" if training else "inference", " / ".join(candidates)))
+    path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "unetseg" / "choices.json"
+    cache = {}
+    with contextlib.suppress(OSError, ValueError):  # none yet, or a damaged one
+        cache = read_json(path)
+    with contextlib.suppress(KeyError, TypeError):  # not there, or something else
+        found = Choice(**cache[key])
+        if f"{found.precision}, {found.memory_format}" in candidates:
+            return found
+    chosen = _fastest(model, size, candidates, training)
+    with contextlib.suppress(OSError):  # a read-only home costs a measurement per run, nothing else
+        write_json(path, cache | {key: asdict(chosen)})
+    return chosen
+
+
+def _fastest(model: nn.Module, size: tuple[int, int], candidates: list[str], training: bool) -> Choice:
+    seconds, outputs, failed = {}, {}, None
+    for candidate in candidates:
+        try:
+            limit = 3 * min(seconds.values(), default=float("inf"))
+            seconds[candidate], outputs[candidate] = _time(model, size, *candidate.split(", "), training, limit=limit)
+        except RuntimeError as error:  # no kernel for it here, or no memory
+            failed = error
+    if not seconds:
+        raise failed
+    default, best = next(iter(seconds)), min(seconds, key=seconds.get)
+    exact = next((outputs[key] for key in outputs if key.startswith("fp32")), outputs[best])
+    agrees = (outputs[best] - exact).abs().mean() < 0.1 * exact.std() + 1e-6
+    if not agrees or seconds[best] * CLEARLY > seconds[default]:
+        best = default
+    others = ", ".join(f"{key.replace(',', '')} {value:.2g} s" for key, value in seconds.items() if key != best)
+    kind = "a step" if training else "a forward pass"
+    return Choice(*best.split(", "), False, f"{kind} of 2 images took {seconds[best]:.2g} s; {others}")
+
+
+def _repays(model: nn.Module, size: tuple[int, int], chosen: Choice, num_steps: int) -> bool:
+    """Whether compiling works here, and saves a run of so many steps clearly more than it costs."""
+    device = next(model.parameters()).device
+    modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+    if not modern or importlib.util.find_spec("triton") is None:
+        return False
+    how = chosen.precision, chosen.memory_format
+    plain, _ = _time(model, size, *how, batch_size=8)
+    if plain * num_steps < 20 * COMPILING:
+        return False
+    start = time.perf_counter()
+    try:
+        fast, _ = _time(model, size, *how, batch_size=8, compiled=True)
+    except Exception:  # a compiler fails in many ways, and nothing depends on it
+        return False
+    cost = time.perf_counter() - start
+    return fast * CLEARLY < plain and (plain - fast) * num_steps > 2 * cost
+
+
+def seconds_per_image(model: nn.Module, size: tuple[int, int], choice: Choice) -> float:
     """Seconds of training per image, measured."""
-    return _time_steps(model, size, precision, batch_size=8)[0] / 8
+    return _time(model, size, choice.precision, choice.memory_format, batch_size=8)[0] / 8
 
 
-def _time_steps(
-    model: nn.Module, size: tuple[int, int], precision: str, batch_size: int = 2, steps: int = 2
+def _time(
+    model: nn.Module,
+    size: tuple[int, int],
+    precision: str,
+    memory_format: str,
+    training: bool = True,
+    batch_size: int = 2,
+    compiled: bool = False,
+    limit: float = float("inf"),
 ) -> tuple[float, Tensor]:
-    """Seconds per forward and backward pass, after one to warm up, and the logits; the model is left as it was."""
+    """Seconds per forward (and backward) pass, the faster of two after one to warm up, and the logits.
+
+    limit  when the first takes as long, it is not done again
+    The model is left as it was.
+    """
     was_training, state = model.training, {key: value.clone() for key, value in model.state_dict().items()}
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(batch_size, 3, size[1], size[0], generator=generator).to(next(model.parameters()).device)
-    image = image.contiguous(memory_format=torch.channels_last)
-    model.train()
-    for step in range(steps + 1):
-        if step == 1:
+    model.to(memory_format=FORMATS[memory_format]).train(training)
+    network = torch.compile(model, dynamic=False) if compiled else model
+    seconds = []
+    try:
+        while len(seconds) < 3 and min(seconds, default=0.0) < limit:
             start = time.perf_counter()
-        with autocast(image.device, precision):
-            logits = model(image).float()
-        logits.square().mean().backward()
-        if image.is_cuda:
-            torch.cuda.synchronize()
-    seconds = (time.perf_counter() - start) / steps
-    model.zero_grad(set_to_none=True)
-    model.load_state_dict(state)
-    model.train(was_training)
-    return seconds, logits.detach()
+            with autocast(image.device, precision), torch.set_grad_enabled(training):
+                logits = network(image).float()
+            if training:
+                logits.square().mean().backward()
+            if image.is_cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.load_state_dict(state)
+        model.train(was_training)
+    return min(seconds), logits.detach()

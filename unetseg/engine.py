@@ -57,13 +57,15 @@ class Job:
 class Position:
     """How far a run has come: the epochs done, and of the present one the steps, their seconds and sums.
 
-    sums  (4,) float64: loss x images, images, and steps that were skipped, in this epoch and in a row
+    sums       (4,) float64: loss x images, images, and steps that were skipped, in this epoch and in a row
+    confusion  (C + 1, C) of the best epoch so far on val
     """
 
     history: list[dict]
     step: int = 0
     seconds: float = 0.0
     sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
+    confusion: Tensor | None = None
 
     @property
     def epoch(self) -> int:
@@ -179,6 +181,7 @@ def run_epoch(
     best = max((earlier["val_miou"] for earlier in position.history), default=-1.0)
     if row["val_miou"] > best:
         checkpoint.save_weights(job.run, trainer.model.state_dict(), job.config, row["epoch"], row["val_miou"])
+        position.confusion = torch.from_numpy(result.confusion)
     log(row | {"scores": score, "skipped": skipped})
     position.next_epoch(row)
     keeper.save()
@@ -253,7 +256,7 @@ def evaluate(
     confusion = torch.zeros(num_classes + 1, num_classes, dtype=torch.int64, device=device)
     total, num_images, start = torch.zeros((), device=device), 0, time.perf_counter()
     for images, masks in batches:
-        logits = forward(model, images.contiguous(memory_format=torch.channels_last), precision, part)
+        logits = forward(model, images, precision, part)
         truth = masks.where(masks != IGNORE_INDEX, 0) if void == "background" else masks
         total += loss_fn(logits, truth) * len(images)
         confusion += confusion_matrix(logits.argmax(dim=1), masks, num_classes)

@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from . import checkpoint, device, engine, losses
 from .classes import CLASS_SETS, ClassSet
-from .data import Batches, SegmentationSet, load_split, scored_split
+from .data import Batches, SegmentationSet, load_split
 from .files import atomic_open, exclusive, read_json, write_json
 from .metrics import scores
 from .model import UNet
-from .pictures import BadFile, read_photo
-from .plots import overlay
+from .pictures import BadFile, overlay, read_photo
+from .processed import scored_split
 
 OUTPUT = ("ids", "colour", "overlay")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")

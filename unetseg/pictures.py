@@ -53,6 +53,11 @@ def read_photo(path: Path) -> np.ndarray:
         raise BadFile(f"{path}: expected a readable image, found {_reason(error, path)}") from None
 
 
+def overlay(image: np.ndarray, painted: np.ndarray, alpha: float = 0.55) -> np.ndarray:
+    """Lay class colours over an image; both (H, W, 3) uint8."""
+    return cv2.addWeighted(image, 1 - alpha, painted, alpha, 0)
+
+
 def _open(encoded: bytes, formats: list[str]) -> Image.Image:
     """The picture, not yet decoded: what it declares has cost no memory. Raises ValueError for too many pixels."""
     with warnings.catch_warnings():

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import cv2
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,11 +12,6 @@ from .files import atomic_open
 
 STAGE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # Okabe & Ito's colour-blind-safe palette
 WIDTH = 8.5  # inches: a notebook's column
-
-
-def overlay(image: np.ndarray, painted: np.ndarray, alpha: float = 0.55) -> np.ndarray:
-    """Lay class colours over an image; both (H, W, 3) uint8."""
-    return cv2.addWeighted(image, 1 - alpha, painted, alpha, 0)
 
 
 def panels(rows: list[list[np.ndarray]], titles: list[str], class_set: ClassSet, row_names: list[str] = ()) -> Figure:

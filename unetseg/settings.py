@@ -7,7 +7,7 @@ from pathlib import Path
 from . import checkpoint
 from .classes import VOID_RULES
 from .data import WEIGHTINGS
-from .device import DTYPES
+from .device import DTYPES, FORMATS
 from .model import MOST
 
 
@@ -35,6 +35,8 @@ CHOICES = {
     "stage": tuple(STAGES),
     "void": VOID_RULES,
     "precision": ("auto", *DTYPES),
+    "memory_format": ("auto", *FORMATS),
+    "compile": ("auto", "yes", "no"),
     "weighting": WEIGHTINGS,
     "occluded": ("keep", "void"),
 }
@@ -57,6 +59,8 @@ class Settings:
     seed: int = 0
     void: str | None = None  # "ignore" (default) or "background"
     precision: str = "auto"  # "fp32", "fp16", "bf16", or measured
+    memory_format: str = "auto"  # of the convolutions: "channels_last", "contiguous", or measured
+    compile: str = "auto"  # by torch.compile: "yes", "no", or on GPUs where the run is long enough to repay it
     weighting: str = "sqrt"  # class weights from frequencies: "sqrt", "inverse", "median", "enet", "none"
     dice_share: float = 0.5  # of the loss in ce_dice; the rest is cross-entropy
     occlusion: float = 0.5  # share of the images that get an occluder

@@ -5,15 +5,17 @@ import hashlib
 import json
 import reprlib
 import subprocess
+import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from . import augment, checkpoint, device, engine, losses
 from .classes import ClassSet
@@ -113,8 +115,7 @@ def train(
     if config and len(history := recorded(run)) >= settings.epochs:
         return history
     with exclusive(run):
-        if settings.deterministic:
-            device.be_deterministic()
+        device.be_deterministic(settings.deterministic)
         model = build_model(settings, train_set.class_set)
         if config is not None:
             warn_of_moving(config, model)
@@ -137,14 +138,15 @@ def run_stage(
     train_batches = Batches(train_set, settings.batch_size, where, settings.seed, augmentation(settings, train_set))
     val_batches = Batches(val_set, settings.batch_size, where)
     num_steps = settings.epochs * len(train_batches)
-    trainer = Trainer(model, num_steps, settings.lr, settings.weight_decay, config["precision"])
+    how = config["precision"], config["memory_format"], config["compile"]
+    trainer = Trainer(model, num_steps, settings.lr, settings.weight_decay, *how)
     job = engine.Job(run, settings.epochs, train_set.class_set.names, settings.void, config)
     keeper, loss_fn = engine.Keeper(trainer, job, session), loss_function(settings, train_set, where)
     tracker = Tracker(settings.project, run, config)
     try:
         history = engine.fit(keeper, loss_fn, train_batches, val_batches, tracker.epoch)
         if len(history) == settings.epochs:
-            log_best(run, val_set, settings.void, trainer.part, tracker)
+            log_best(run, val_set, settings.void, keeper.position.confusion, tracker)
     finally:
         tracker.finish()
     if not history:
@@ -164,28 +166,22 @@ def recorded(run: Path) -> list[dict]:
     return history
 
 
-def log_best(run: Path, val_set: SegmentationSet, void: str, part: int, tracker: Tracker) -> None:
+def log_best(run: Path, val_set: SegmentationSet, void: str, confusion: Tensor, tracker: Tracker) -> None:
     """Log the best weights, their confusion matrix on val, and four pictures."""
-    model, metadata = best_model(run)
-    names, batches = val_set.class_set.names, Batches(val_set, 8, next(model.parameters()).device)
-    confusion = engine.evaluate(model, batches.epoch(), len(names), losses.cross_entropy, part=part).confusion
-    pictures = predictions(model, val_set, 4)
-    tracker.best(pictures, under_rule(confusion, void), names, run / checkpoint.WEIGHTS, metadata)
+    if tracker.wanted:
+        model, metadata = best_model(run)
+        counts, names = under_rule(confusion.numpy(), void), val_set.class_set.names
+        tracker.best(predictions(model, val_set, 4), counts, names, run / checkpoint.WEIGHTS, metadata)
 
 
 def identify(settings: Settings, train_set: SegmentationSet, val_set: SegmentationSet) -> dict:
     """What makes a run this run and no other: settings, data, and the weights it starts from, by content."""
-    data = hashlib.sha256()
-    for dataset in (train_set, val_set):
-        data.update("\0".join(dataset.split.stems).encode("utf-8", "surrogateescape"))
-        data.update(dataset.images.numpy())
-        data.update(dataset.masks.numpy())
     return {
         "settings": json.loads(json.dumps(asdict(settings))),
         "class_set": train_set.class_set.name,
         "width": train_set.size[0],
         "height": train_set.size[1],
-        "data_sha256": data.hexdigest(),
+        "data_sha256": hashlib.sha256((train_set.sha256 + val_set.sha256).encode()).hexdigest(),
         "init_sha256": fingerprint(settings.init) if settings.init else None,
     }
 
@@ -224,8 +220,10 @@ def warn_of_moving(config: dict, model: nn.Module) -> None:
 
 def describe(settings: Settings, train_set: SegmentationSet, val_set: SegmentationSet, model: nn.Module) -> dict:
     """What config.json holds besides the run's identity: facts about data, network and machine."""
+    chosen = choose(settings, train_set, model)
+    tqdm.write(f"{Path(settings.out).name}: {chosen}", file=sys.stderr)
     return {
-        "precision": device.choose_precision(settings.precision, model, train_set.size),
+        **asdict(chosen),
         **{key: getattr(settings, key) for key in ("stage", "channels", "depth", "void", "seed")},
         "train_images": len(train_set),
         "val_images": len(val_set),
@@ -236,6 +234,13 @@ def describe(settings: Settings, train_set: SegmentationSet, val_set: Segmentati
         "torch": str(torch.__version__),
         "commit": commit(),
     }
+
+
+def choose(settings: Settings, train_set: SegmentationSet, model: nn.Module) -> device.Choice:
+    """How the network is to compute, as the settings ask or by measurement."""
+    num_steps = settings.epochs * -(-len(train_set) // settings.batch_size)
+    asked = settings.precision, settings.memory_format, settings.compile
+    return device.choose(model, train_set.size, num_steps, *asked)
 
 
 def fingerprint(run_or_weights: str) -> str:
@@ -255,6 +260,5 @@ def commit() -> str:
 def forecast(settings: Settings, train_set: SegmentationSet, val_set: SegmentationSet) -> float:
     """Seconds that training will take here, from a few measured steps; an evaluated image counts a third."""
     model = build_model(settings, train_set.class_set)
-    precision = device.choose_precision(settings.precision, model, train_set.size)
-    per_image = device.seconds_per_image(model, train_set.size, precision)
+    per_image = device.seconds_per_image(model, train_set.size, choose(replace(settings, compile="no"), train_set, model))
     return settings.epochs * (len(train_set) + len(val_set) / 3) * per_image

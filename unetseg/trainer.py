@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .device import autocast
+from . import memory
+from .device import FORMATS, autocast
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
@@ -21,11 +22,24 @@ class Trainer:
     """A model with all that changes while it trains: optimiser, schedule, loss scale, size of the parts of a batch.
 
     AdamW (Loshchilov & Hutter, ICLR 2019) under the one-cycle schedule (Smith, 2018), gradients clipped to norm 1.
+
+    precision, memory_format, compiled  as in device.Choice
     """
 
-    def __init__(self, model: nn.Module, num_steps: int, lr: float, weight_decay: float, precision: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        num_steps: int,
+        lr: float,
+        weight_decay: float,
+        precision: str,
+        memory_format: str = "channels_last",
+        compiled: bool = False,
+    ) -> None:
+        memory.keep_freed()
         self.device = next(model.parameters()).device
-        self.model, self.precision = model.to(memory_format=torch.channels_last), precision
+        self.model, self.precision = model.to(memory_format=FORMATS[memory_format]), precision
+        self.compiled, self.shape = torch.compile(model, dynamic=False) if compiled else model, None
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
         self.schedule = {"max_lr": lr, "total_steps": max(num_steps, 6), "pct_start": 0.2, "cycle_momentum": False}
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, **self.schedule)
@@ -73,7 +87,7 @@ class Trainer:
         Where they were not, weights, optimiser and BatchNorm's statistics stay as they were; the schedule moves on.
         """
         before = [buffer.clone() for buffer in self.statistics]
-        loss = self._backward(images.contiguous(memory_format=torch.channels_last), masks, loss_fn, before)
+        loss = self._backward(images, masks, loss_fn, before)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         finite = loss.isfinite() & norm.isfinite()
@@ -117,7 +131,9 @@ class Trainer:
         through once more. After Gao et al., "Scaling Deep Contrastive Learning Batch Size", RepL4NLP 2021.
         """
         if self.part >= len(images):
-            loss = loss_fn(forward(self.model, images, self.precision), masks)
+            self.shape = self.shape or images.shape  # an epoch's last, smaller batch is not worth compiling for
+            model = self.compiled if images.shape == self.shape else self.model
+            loss = loss_fn(forward(model, images, self.precision), masks)
             self.scaler.scale(loss).backward()
             return loss.detach()
         with torch.no_grad():
