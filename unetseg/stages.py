@@ -260,5 +260,6 @@ def commit() -> str:
 def forecast(settings: Settings, train_set: SegmentationSet, val_set: SegmentationSet) -> float:
     """Seconds that training will take here, from a few measured steps; an evaluated image counts a third."""
     model = build_model(settings, train_set.class_set)
-    per_image = device.seconds_per_image(model, train_set.size, choose(replace(settings, compile="no"), train_set, model))
+    chosen = choose(replace(settings, compile="no"), train_set, model)
+    per_image = device.seconds_per_image(model, train_set.size, chosen)
     return settings.epochs * (len(train_set) + len(val_set) / 3) * per_image
