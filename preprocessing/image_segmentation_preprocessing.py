@@ -15,7 +15,7 @@ import signal
 import sys
 import zlib
 from collections.abc import Callable, Collection
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -34,6 +34,7 @@ from unetseg.classes import CLASS_SETS, IGNORE_INDEX, ClassSet
 from unetseg.files import atomic_open, exclusive, read_bytes, write_json
 from unetseg.pictures import BadFile, overlay, read_png
 from unetseg.pool import ctrl_c_for_us_alone, worker_pool
+from unetseg.processed import to_uint8
 
 log = logging.getLogger("preprocessing")
 DEFAULT_CLASSES = {"cityscapes": "cityscapes7", "camvid": "camvid7"}
@@ -214,7 +215,7 @@ def make(pair: Pair, image_path: Path, mask_path: Path, settings: Settings, orig
         resized = count_classes(count_ids(small), class_set)
         record = Record(pair.stem, image.shape[1::-1], count_classes(histogram, class_set), resized)
     mask_path.unlink(missing_ok=True)
-    crc32 = save_image(image_path, shrink_image(image, settings.size)[..., ::-1], settings.dtype)
+    crc32 = save_image(image_path, shrink_image(image, settings.size), settings.dtype)
     if pair.labels:
         save_mask(mask_path, class_set.lookup[small], record, {"origin": origin, "image_crc32": crc32})
     return record
@@ -223,7 +224,7 @@ def make(pair: Pair, image_path: Path, mask_path: Path, settings: Settings, orig
 def save_image(path: Path, image: np.ndarray, dtype: str) -> int:
     """Store a (H, W, 3) uint8 image as k/255 in a float dtype, or k itself in uint8; returns the file's CRC-32."""
     stored, content = image if dtype == "uint8" else (image / np.float32(255)).astype(dtype), BytesIO()
-    np.save(content, np.ascontiguousarray(stored), allow_pickle=False)
+    np.save(content, stored, allow_pickle=False)
     with atomic_open(path) as file:
         file.write(content.getbuffer())
     return zlib.crc32(content.getbuffer())
@@ -241,7 +242,7 @@ def save_mask(path: Path, mask: np.ndarray, record: Record, origin: dict) -> Non
 def process_split(pool: ProcessPoolExecutor, split: str, pairs: list[Pair], **job) -> list[Record]:
     """Process all pairs of a split on the pool, in order, under a progress bar."""
     with ctrl_c_for_us_alone():
-        results = pool.map(partial(process, split=split, **job), pairs, chunksize=max(1, min(16, len(pairs) // 32)))
+        results = pool.map(partial(process, split=split, **job), pairs, chunksize=max(1, min(16, len(pairs) // 128)))
     try:
         return list(tqdm(results, total=len(pairs), desc=split, unit="img", leave=False))
     except BrokenProcessPool:
@@ -296,25 +297,39 @@ def remove_stale(output: Path, split: str, stems: Collection[str]) -> None:
             log.warning("%s: removed %d files from %s whose sources are gone or unusable", split, len(stale), folder)
 
 
-def draw(output: Path, stats: dict, num_samples: int) -> None:
-    """Write visualizations/<split>_samples.jpg and <split>_class_distribution.png."""
-    from unetseg import plots  # here, because every worker imports this file and none of them draws
+def draw_distribution(output: Path, stats: dict) -> None:
+    """Write visualizations/<split>_class_distribution.png."""
+    from unetseg import plots  # here and below, because every worker imports this file and few of them draw
 
-    class_set, split, folder = CLASS_SETS[stats["class_set"]], stats["split"], output / "visualizations"
     total = {name: np.array(list(pixels.values())) for name, pixels in stats["pixels"].items()}
     shares = {f"{name.replace('_', ' ')}": pixels / pixels.sum() for name, pixels in total.items()}
-    title = f"{split}: {stats['num_images']} images"
-    figure = plots.class_distribution(class_set, shares, title)
-    plots.save(figure, folder / f"{split}_class_distribution.png")
-    stems = list(stats["files"])
+    title = f"{stats['split']}: {stats['num_images']} images"
+    figure = plots.class_distribution(CLASS_SETS[stats["class_set"]], shares, title)
+    plots.save(figure, output / "visualizations" / f"{stats['split']}_class_distribution.png")
+
+
+def draw_samples(output: Path, split: str, class_set: ClassSet, stems: list[str]) -> None:
+    """Write visualizations/<split>_samples.jpg with the images of these stems, their masks, and both as one."""
+    from unetseg import plots
+
     rows = []
-    for place in np.unique(np.linspace(0, len(stems) - 1, num_samples).round().astype(int)):
-        stored = np.load(output / "images_processed" / split / f"{stems[place]}.npy", allow_pickle=False)
-        image = stored if stored.dtype == np.uint8 else np.rint(stored * np.float32(255)).astype(np.uint8)
-        painted = class_set.paint(np.array(Image.open(output / "masks_processed" / split / f"{stems[place]}.png")))
+    for stem in stems:
+        image = to_uint8(np.load(output / "images_processed" / split / f"{stem}.npy", allow_pickle=False))
+        painted = class_set.paint(np.array(Image.open(output / "masks_processed" / split / f"{stem}.png")))
         rows.append([image, painted, overlay(image, painted)])
-    if rows:
-        plots.save(plots.panels(rows, ["image", "mask", "overlay"], class_set), folder / f"{split}_samples.jpg")
+    figure = plots.panels(rows, ["image", "mask", "overlay"], class_set)
+    plots.save(figure, output / "visualizations" / f"{split}_samples.jpg")
+
+
+def start_drawing(pool: ProcessPoolExecutor, output: Path, stats: dict, num_samples: int) -> list[Future]:
+    """Let the workers draw a split while they go on with the next."""
+    pictures = [pool.submit(draw_distribution, output, {key: stats[key] for key in stats.keys() - {"files"}})]
+    if num_samples:
+        stems = list(stats["files"])
+        places = np.unique(np.linspace(0, len(stems) - 1, num_samples).round().astype(int))
+        chosen = [stems[place] for place in places]
+        pictures.append(pool.submit(draw_samples, output, stats["split"], CLASS_SETS[stats["class_set"]], chosen))
+    return pictures
 
 
 def report_errors(split: str, records: list[Record]) -> None:
@@ -403,7 +418,7 @@ def run(args: argparse.Namespace) -> int:
     if CLASS_SETS[settings.class_set].layout != layout:
         raise BadFile(f"{args.data_dir}: expected a class set for {layout}, found --classes {settings.class_set}")
     splits = choose_splits(args.data_dir, layout, args.splits)
-    left_out = 0
+    left_out, pictures = 0, []
     written = ("*_processed/*", "visualizations")
     with exclusive(args.output_dir, wait=True, below=written), worker_pool(args.workers) as pool:
         for split in splits:
@@ -422,7 +437,9 @@ def run(args: argparse.Namespace) -> int:
             stats = write_stats(args.output_dir, split, layout, settings, sorted(records, key=lambda r: r.stem))
             report(stats)
             if "pixels" in stats:
-                draw(args.output_dir, stats, args.sample_size)
+                pictures += start_drawing(pool, args.output_dir, stats, args.sample_size)
+        for picture in pictures:
+            picture.result()
     log.info("written to %s: images_processed, masks_processed, stats_*.json, visualizations", args.output_dir)
     return left_out
 

@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("weights", type=Path, metavar="RUN_OR_WEIGHTS")
     add("images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER")
     add("--out", type=Path, required=True)
+    add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto", help="auto: measured")
     return parser
 
 
@@ -129,7 +130,7 @@ def evaluate(args: argparse.Namespace) -> int:
 def predict(args: argparse.Namespace) -> int:
     from .inference import predict_files
 
-    problems = predict_files(args.weights, args.images, args.out)
+    problems = predict_files(args.weights, args.images, args.out, args.precision)
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
     print(f"written to {args.out}: ids, colour, overlay")

@@ -2,17 +2,16 @@
 
 import os
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from . import checkpoint, device, engine, losses
+from . import checkpoint, device, engine, losses, memory
 from .classes import CLASS_SETS, ClassSet
 from .data import Batches, SegmentationSet, load_split
 from .files import atomic_open, exclusive, read_json, write_json
@@ -20,6 +19,7 @@ from .metrics import scores
 from .model import UNet
 from .pictures import BadFile, overlay, read_photo
 from .processed import scored_split
+from .trainer import forward
 
 OUTPUT = ("ids", "colour", "overlay")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -35,6 +35,7 @@ def trained_model(run_or_weights: Path) -> tuple[nn.Module, dict[str, str]]:
 
 def best_model(run_or_weights: Path) -> tuple[nn.Module, dict[str, str]]:
     """The trained U-Net, ready to predict on the best device, and its metadata."""
+    memory.keep_freed()
     model, metadata = trained_model(run_or_weights)
     return model.to(device.pick_device(), memory_format=torch.channels_last).eval(), metadata
 
@@ -148,7 +149,7 @@ def predictions(model: nn.Module, dataset: SegmentationSet, count: int) -> tuple
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def predict(model: nn.Module, image: np.ndarray, size: tuple[int, int], precision: str = "fp32") -> np.ndarray:
     """Class ids (H, W) uint8 for an RGB image (H, W, 3) uint8 of any size.
 
     size  width and height that the model was trained at: the image is brought there by area averaging, and the logits,
@@ -157,17 +158,19 @@ def predict(model: nn.Module, image: np.ndarray, size: tuple[int, int]) -> np.nd
     shrinks = image.shape[1] >= size[0] and image.shape[0] >= size[1]
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     where = next(model.parameters()).device
-    logits = model(torch.from_numpy(small).to(where).permute(2, 0, 1)[None] / 255)
-    highest = torch.full((1, 1, *image.shape[:2]), -torch.inf, device=where)
-    pred = torch.zeros(highest.shape, dtype=torch.uint8, device=where)
-    for class_id in range(logits.shape[1]):  # one class at a time: all at full size would be 28 bytes a pixel or more
-        large = F.interpolate(logits[:, [class_id]], image.shape[:2], mode="bilinear", align_corners=False)
-        pred[large > highest] = class_id
-        torch.maximum(highest, large, out=highest)
-    return pred[0, 0].cpu().numpy()
+    logits = forward(model, torch.from_numpy(small).to(where).permute(2, 0, 1)[None] / 255, precision)
+    highest, pred = None, np.zeros(image.shape[:2], np.uint8)
+    for class_id, logit in enumerate(logits[0].float().cpu().numpy()):  # all at full size would be 28 bytes a pixel
+        large = cv2.resize(logit, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+        if highest is None:
+            highest = large
+        wins = cv2.compare(large, highest, cv2.CMP_GT)  # 255 where true
+        cv2.max(pred, cv2.min(wins, class_id), pred)
+        cv2.max(large, highest, highest)
+    return pred
 
 
-def predict_files(run_or_weights: Path, inputs: list[Path], out: Path) -> list[str]:
+def predict_files(run_or_weights: Path, inputs: list[Path], out: Path, precision: str = "auto") -> list[str]:
     """Predict images and folders of images; returns a message for each file that could not be used.
 
     Writes out/ids/<stem>.png (class ids), out/colour/<stem>.png and out/overlay/<stem>.png at the input's own size.
@@ -176,15 +179,22 @@ def predict_files(run_or_weights: Path, inputs: list[Path], out: Path) -> list[s
     class_set, size = CLASS_SETS[metadata["class_set"]], (int(metadata["width"]), int(metadata["height"]))
     own = {os.path.realpath(out / folder) for folder in OUTPUT}  # what we wrote there earlier
     paths, problems = _find_images(inputs, own)
-    with exclusive(out, wait=True, below=OUTPUT):
+    if paths:
+        precision = device.choose(model, size, precision=precision, training=False).precision
+    with exclusive(out, wait=True, below=OUTPUT), ThreadPoolExecutor(len(OUTPUT)) as pool:
+        writing: list[Future] = []  # the image before, while the next is read: no more are kept
         for path in tqdm(paths, unit="img", delay=1):
             try:
                 image = read_photo(path)
-                _write(out, path.stem, image, predict(model, image, size), class_set)
-            except BadFile as error:
-                problems.append(str(error))
-            except OSError as error:
-                problems.append(f"{error.filename or path}: {error.strerror}")
+                pred = predict(model, image, size, precision)
+            except (BadFile, OSError) as error:
+                problems.append(str(error) if isinstance(error, BadFile) else _describe(error, path))
+                continue
+            problems += _finish(writing)
+            pictures = pred, painted := class_set.paint(pred), overlay(image, painted)
+            files = [out / folder / f"{path.stem}.png" for folder in OUTPUT]
+            writing = [pool.submit(_write, *pair) for pair in zip(files, pictures)]
+        problems += _finish(writing)
     return problems
 
 
@@ -207,8 +217,21 @@ def _find_images(inputs: list[Path], own: set[str]) -> tuple[list[Path], list[st
     return list(found.values()), problems
 
 
-def _write(out: Path, stem: str, image: np.ndarray, pred: np.ndarray, class_set: ClassSet) -> None:
-    painted = class_set.paint(pred)
-    for folder, picture in zip(OUTPUT, (pred, painted, overlay(image, painted))):
-        with atomic_open(out / folder / f"{stem}.png") as file:
-            Image.fromarray(picture).save(file, format="PNG")
+def _write(path: Path, picture: np.ndarray) -> None:
+    """Write ids (H, W) or RGB (H, W, 3), uint8, as a PNG file."""
+    _, encoded = cv2.imencode(".png", picture if picture.ndim == 2 else cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    with atomic_open(path) as file:
+        file.write(encoded)
+
+
+def _finish(writing: list[Future]) -> list[str]:
+    """Wait for the files of an image; a message if not all of them could be written."""
+    errors = [error for future in writing if (error := future.exception())]
+    for error in errors:
+        if not isinstance(error, OSError):
+            raise error
+    return [_describe(error, Path("?")) for error in errors[:1]]
+
+
+def _describe(error: OSError, path: Path) -> str:
+    return f"{error.filename or path}: {error.strerror}"

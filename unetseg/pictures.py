@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from .files import read_bytes
 
 PHOTOS = ["PNG", "JPEG", "BMP", "TIFF", "WEBP"]  # of all that Pillow reads, some start other programs
+FLAGS = {"RGB": cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION, "L": cv2.IMREAD_UNCHANGED}
 MAX_PIXELS = 8192 * 4096  # what declares more is refused before it is decoded
 
 
@@ -19,7 +20,7 @@ class BadFile(ValueError):
 
 
 def read_png(path: Path, mode: str) -> tuple[np.ndarray, dict[str, str]]:
-    """Decode an 8-bit PNG: mode "RGB" gives (H, W, 3) in OpenCV's BGR order, mode "L" (H, W); uint8; and its texts.
+    """Decode an 8-bit PNG: mode "RGB" gives (H, W, 3), mode "L" (H, W), both uint8; and its texts.
 
     Pillow checks the header and every chunk's checksum, OpenCV decodes (it alone would pass over a truncated file).
     Raises BadFile when the file is damaged or of another mode, OSError when it cannot be read.
@@ -27,7 +28,7 @@ def read_png(path: Path, mode: str) -> tuple[np.ndarray, dict[str, str]]:
     try:
         encoded = read_bytes(path)
         found, (width, height), texts = _inspect(encoded)
-        decoded = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED) if found == mode else None
+        decoded = cv2.imdecode(np.frombuffer(encoded, np.uint8), FLAGS[mode]) if found == mode else None
     except (ValueError, cv2.error) as error:
         raise BadFile(f"{path}: expected a whole PNG file, found {_reason(error, path)}") from None
     if found != mode:

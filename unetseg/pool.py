@@ -8,13 +8,15 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 
+from .memory import keep_freed
+
 
 def worker_pool(workers: int | None = None) -> ProcessPoolExecutor:
     """A pool of `workers` processes (default: all cores) that end with the main process.
 
     They start with the first task; hand that in under `ctrl_c_for_us_alone`.
     """
-    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=end_with_parent)
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin)
 
 
 @contextmanager
@@ -28,6 +30,11 @@ def ctrl_c_for_us_alone() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _begin() -> None:
+    end_with_parent()
+    keep_freed()
 
 
 def end_with_parent() -> None:
