@@ -187,11 +187,15 @@ def predict_files(run_or_weights: Path, inputs: list[Path], out: Path, precision
             try:
                 image = read_photo(path)
                 pred = predict(model, image, size, precision)
-            except (BadFile, OSError) as error:
-                problems.append(str(error) if isinstance(error, BadFile) else _describe(error, path))
+            except BadFile as error:
+                problems.append(str(error))
+                continue
+            except OSError as error:
+                problems.append(f"{error.filename or path}: {error.strerror}")
                 continue
             problems += _finish(writing)
-            pictures = pred, painted := class_set.paint(pred), overlay(image, painted)
+            painted = class_set.paint(pred)
+            pictures = pred, painted, overlay(image, painted)
             files = [out / folder / f"{path.stem}.png" for folder in OUTPUT]
             writing = [pool.submit(_write, *pair) for pair in zip(files, pictures)]
         problems += _finish(writing)
@@ -230,8 +234,4 @@ def _finish(writing: list[Future]) -> list[str]:
     for error in errors:
         if not isinstance(error, OSError):
             raise error
-    return [_describe(error, Path("?")) for error in errors[:1]]
-
-
-def _describe(error: OSError, path: Path) -> str:
-    return f"{error.filename or path}: {error.strerror}"
+    return [f"{error.filename}: {error.strerror}" for error in errors[:1]]
