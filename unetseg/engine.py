@@ -128,6 +128,9 @@ def resume(trainer: Trainer, job: Job) -> Position:
         sound = type(position.step) is int and position.step in steps and math.isfinite(position.seconds)
         if position.sums.shape != (4,) or not sound:
             raise ValueError(f"step {reprlib.repr(position.step)}, {reprlib.repr(position.seconds)} seconds")
+        num_classes, counts = len(job.names), position.confusion
+        if position.history and (counts.shape != (num_classes + 1, num_classes) or counts.dtype != torch.int64):
+            raise ValueError(f"a confusion matrix of shape {tuple(counts.shape)}, {counts.dtype}")
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {str(error)[:300]}"
         raise ValueError(f"{path}: expected the state of this run, found {reason}") from None

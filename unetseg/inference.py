@@ -181,8 +181,17 @@ def predict_files(run_or_weights: Path, inputs: list[Path], out: Path, precision
     paths, problems = _find_images(inputs, own)
     if paths:
         precision = device.choose(model, size, precision=precision, training=False).precision
-    with exclusive(out, wait=True, below=OUTPUT), ThreadPoolExecutor(len(OUTPUT)) as pool:
-        writing: list[Future] = []  # the image before, while the next is read: no more are kept
+    with exclusive(out, wait=True, below=OUTPUT):
+        return problems + predict_each(model, paths, out, class_set, size, precision)
+
+
+def predict_each(
+    model: nn.Module, paths: list[Path], out: Path, class_set: ClassSet, size: tuple[int, int], precision: str
+) -> list[str]:
+    """Predict images one by one, each written while the next is read and predicted; returns a message per failure."""
+    problems: list[str] = []
+    writing: list[Future] = []  # of the image before; no more are kept
+    with ThreadPoolExecutor(len(OUTPUT)) as pool:
         for path in tqdm(paths, unit="img", delay=1):
             try:
                 image = read_photo(path)
@@ -198,8 +207,7 @@ def predict_files(run_or_weights: Path, inputs: list[Path], out: Path, precision
             pictures = pred, painted, overlay(image, painted)
             files = [out / folder / f"{path.stem}.png" for folder in OUTPUT]
             writing = [pool.submit(_write, *pair) for pair in zip(files, pictures)]
-        problems += _finish(writing)
-    return problems
+        return problems + _finish(writing)
 
 
 def _find_images(inputs: list[Path], own: set[str]) -> tuple[list[Path], list[str]]:
