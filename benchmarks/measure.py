@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -63,7 +64,7 @@ class Contender:
     def __init__(self, make: Callable, *args: object) -> None:
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, make, args), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, make, args))
         self.process.start()
         theirs.close()
         self.peak = self.run()[1]  # to warm up
@@ -84,10 +85,11 @@ class Contender:
 
 def _serve(pipe: Connection, make: Callable, args: tuple) -> None:
     step = make(*args)
-    while pipe.recv() == "go":
-        start = time.perf_counter()
-        step()
-        pipe.send((time.perf_counter() - start, peak_memory()))
+    with suppress(EOFError):  # the benchmark has ended
+        while pipe.recv() == "go":
+            start = time.perf_counter()
+            step()
+            pipe.send((time.perf_counter() - start, peak_memory()))
 
 
 def peak_memory() -> float:

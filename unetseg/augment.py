@@ -55,24 +55,28 @@ def basic(images: Tensor, masks: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 def warp(images: Tensor, masks: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
     """Sample images (bilinear) and masks (nearest) on one affine grid; theta (N, 2, 3) as F.affine_grid takes it."""
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)  # (N, H, W, 2)
-    shifted = torch.where(masks == IGNORE_INDEX, 0, masks + 1)  # void and outside both become 0
+    shifted = (masks + 1) & IGNORE_INDEX  # of eight ones: void becomes 0, as is what lies outside, and 0 void again
     shifted = F.grid_sample(shifted[:, None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)
-    masks = shifted[:, 0].round().long() - 1
     images = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return images, masks.where(masks >= 0, IGNORE_INDEX)
+    return images, (shifted[:, 0].long() - 1) & IGNORE_INDEX
 
 
 def recolour(images: Tensor, rows: Tensor) -> Tensor:
-    """Scale brightness, contrast (about the image's mean) and saturation by up to 30 %, in that order."""
+    """Scale brightness, contrast (about the image's mean) and saturation by up to 30 %, in that order.
 
-    def factor(name: str) -> Tensor:
-        return _column(rows, name, 0.7, 1.3)[:, None, None, None]
-
-    images = images * factor("brightness")
-    mean = images.mean(dim=(1, 2, 3), keepdim=True)
-    images = mean + (images - mean) * factor("contrast")
-    grey = images.mean(dim=1, keepdim=True)
-    return (grey + (images - grey) * factor("saturation")).clamp(0, 1)
+    All three together are one 3x3 matrix and one offset per image.
+    """
+    brightness, contrast, saturation = (
+        _column(rows, name, 0.7, 1.3) for name in ("brightness", "contrast", "saturation")
+    )
+    gain = brightness * contrast
+    offset = (1 - contrast) * brightness * images.mean(dim=(1, 2, 3))
+    grey = images.new_full((3, 3), 1 / 3)
+    own = torch.eye(3, dtype=images.dtype, device=images.device)
+    matrix = gain[:, None, None] * (
+        saturation[:, None, None] * own + (1 - saturation)[:, None, None] * grey
+    )  # (N, 3, 3)
+    return torch.baddbmm(offset[:, None, None], matrix, images.flatten(2)).view_as(images).clamp_(0, 1)
 
 
 def occlude(
