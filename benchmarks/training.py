@@ -68,10 +68,10 @@ def our_steps(preset: str, home: Path, stage: str, constant: bool = False, steps
 def our_fit(home: Path, images: int, size: int) -> Callable[[], None]:
     """An epoch of `fit` without its evaluation: guards, sums and progress bar included (a save is due in 3 minutes)."""
     train_set, trainer = load(processed_scenes(home, 64, size), images), trainer_of("default", size)
-    batches, runs = Batches(train_set, BATCH, trainer.device), itertools.count()
+    batches = Batches(train_set, BATCH, trainer.device)
 
     def step() -> None:
-        job = engine.Job(home / f"fit{next(runs)}", 1, train_set.class_set.names, "ignore", {})
+        job = engine.Job(home / "fit", 1, train_set.class_set.names, "ignore", {})
         keeper = engine.Keeper(trainer, job, Session())
         with Session() as keeper.session, open(os.devnull, "w") as nowhere:
             progress = tqdm(total=images, file=nowhere, mininterval=1)
