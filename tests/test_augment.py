@@ -124,3 +124,18 @@ def test_draws_depend_on_seed_and_epoch_alone():
     assert sorted(order.tolist()) == list(range(20))
     for other in (epoch_draws(20, 1, 4), epoch_draws(20, 2, 3)):
         assert not (table == other[1]).any(dim=0).any()
+
+
+def test_recolouring_is_brightness_then_contrast_then_saturation():
+    rows = torch.rand(5, len(augment.COLUMNS), generator=torch.Generator().manual_seed(1))
+    images = torch.rand(5, 3, 8, 6, generator=torch.Generator().manual_seed(2))
+    brightness, contrast, saturation = (
+        (0.7 + 0.6 * rows[:, augment.COLUMNS.index(name)])[:, None, None, None]
+        for name in ("brightness", "contrast", "saturation")
+    )
+    expected = images * brightness
+    mean = expected.mean(dim=(1, 2, 3), keepdim=True)
+    expected = mean + (expected - mean) * contrast
+    grey = expected.mean(dim=1, keepdim=True)
+    expected = (grey + (expected - grey) * saturation).clamp(0, 1)
+    assert torch.allclose(augment.recolour(images, rows), expected, atol=1e-6)

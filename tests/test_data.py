@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
-from unetseg import data
+from unetseg import data, memory
 from unetseg.data import Batches, class_weights, instance_boxes, load_split, weights_table
-from unetseg.processed import find_split, scored_split
+from unetseg.processed import find_split, scored_split, to_uint8
 
 
 @pytest.fixture
@@ -164,3 +164,39 @@ def test_instance_boxes_are_components_largest_first(processed):
     assert num[0] == 2 and boxes[0, :2].tolist() == [[40, 20, 50, 30], [4, 2, 10, 8]]
     with pytest.raises(ValueError, match="found dragon"):
         instance_boxes(train_set, ("dragon",))
+
+
+def test_a_split_too_large_for_memory_is_mapped_with_the_same_numbers(processed, monkeypatch):
+    in_memory = load_split(processed, "train", "background")
+    monkeypatch.setattr(memory, "free_bytes", lambda: 0)
+    mapped = load_split(processed, "train", "background")
+    assert isinstance(data._room((3, 4)), np.memmap)
+    assert torch.equal(in_memory.images, mapped.images) and torch.equal(in_memory.masks, mapped.masks)
+    assert (in_memory.num_pixels == mapped.num_pixels).all() and in_memory.sha256 == mapped.sha256
+    order = torch.tensor([4, 0, 3])
+    assert all(torch.equal(a, b) for a, b in zip(in_memory.batch(order), mapped.batch(order)))
+
+
+def test_a_mapped_split_that_does_not_fit_on_the_disk_is_an_error(monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda: 0)
+    with pytest.raises(OSError, match="MiB for a split too large for memory; set TMPDIR"):
+        data._room((2**30, 2**20))
+
+
+def test_the_fingerprint_changes_with_any_pixel_and_with_the_names(copy):
+    first = load_split(copy, "train")
+    stem = first.split.stems[0]
+    path = copy / "masks_processed" / "train" / f"{stem}.png"
+    mask = np.array(Image.open(path))
+    mask[0, 0] = (mask[0, 0] + 1) % 7
+    Image.fromarray(mask).save(path)
+    assert load_split(copy, "train").sha256 != first.sha256
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float16", "float32", ">f4"])
+def test_every_level_comes_back_from_every_dtype(dtype):
+    k = np.arange(256 * 3, dtype=np.uint8).reshape(16, 16, 3)
+    stored = k if dtype == "uint8" else (k / np.float32(255)).astype(dtype)
+    for array in (stored, np.asfortranarray(stored)):
+        found = to_uint8(array)
+        assert found.dtype == np.uint8 and (found == k).all()

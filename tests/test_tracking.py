@@ -11,7 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from unetseg.tracking import Mirror, Tracker, choose_mode
+from unetseg.tracker import Tracker
+from unetseg.tracking import Mirror, choose_mode
 
 NAMES = ("road", "person")
 RECORD = {"epoch": 1, "lr": 1e-3, "images_per_second": 9.0, "train_loss": 1.0, "val_loss": 1.1, "val_miou": 0.4}

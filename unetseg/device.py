@@ -51,7 +51,8 @@ def be_deterministic(wanted: bool) -> None:
     if wanted:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.backends.cudnn.benchmark = not wanted
-    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    if torch.are_deterministic_algorithms_enabled() != wanted:  # the call imports torch's compiler: two seconds
+        torch.use_deterministic_algorithms(wanted, warn_only=True)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -26,7 +26,7 @@ from .metrics import under_rule
 from .model import UNet
 from .session import Session
 from .settings import STAGES, Settings, resolve
-from .tracking import Tracker
+from .tracker import Tracker
 from .trainer import LossFn, Trainer, TrainingStopped
 
 # What may differ in a run that goes on: where data and weights lie (what they are may not), and when to stop.
