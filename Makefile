@@ -8,7 +8,7 @@ QUICK ?= $(if $(DATA),0,1)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: run test lint report notebooks clean
+.PHONY: run test lint report notebooks bench clean
 
 run: .venv/installed
 	@$(BIN)/python notebooks/run_all.py --out "$(OUT)" $(if $(DATA),--data "$(DATA)") $(if $(filter-out 0,$(QUICK)),--quick)
@@ -27,6 +27,11 @@ report: .venv/installed
 # Execute the committed notebooks again, on drawn scenes, and keep their outputs.
 notebooks: .venv/installed
 	$(BIN)/python notebooks/run_all.py --out runs --quick --update
+
+# The benchmarks that fit in ten minutes on two cores; the README's table. See benchmarks/ for those that take longer.
+bench: .venv/installed-dev
+	for name in preprocessing training inference start; do $(BIN)/python benchmarks/$$name.py --home "$(OUT)/bench" || exit; done
+	$(BIN)/python benchmarks/table.py
 
 clean:
 	rm -rf .venv

@@ -68,18 +68,18 @@ def test_what_is_asked_for_is_not_measured(monkeypatch):
 
 
 def test_compiling_has_to_repay_itself(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: name)
-    chosen, network = device.Choice("fp32", "channels_last", False, ""), model(1)
-    network.parameters = lambda: iter([torch.nn.Parameter(torch.zeros(1, device="meta"))])
     seconds = {"fp32, channels_last": 0.1, "fp32, channels_last, compiled": 0.05}
-    monkeypatch.setattr(torch, "device", torch.device)
-    for num_steps, wanted in ((100, False), (10**6, True)):
-        asked = timings(monkeypatch, seconds)
-        monkeypatch.setattr(type(next(network.parameters()).device), "type", "cuda", raising=False)
-        assert device._repays(network, SIZE, chosen, num_steps) is wanted
-        assert len(asked) == 1 + wanted
-    assert not device._repays(model(1), SIZE, chosen, 10**6)
+    how = {"precision": "fp32", "memory_format": "channels_last"}
+    asked = timings(monkeypatch, seconds)
+    assert not device.choose(model(7), SIZE, 10**6, **how).compile and not asked  # a CPU
+    monkeypatch.setattr(device, "can_compile", lambda where: True)
+    assert not device.choose(model(7), SIZE, 100, **how).compile and len(asked) == 1  # a run of ten seconds
+    assert device.choose(model(7), SIZE, 10**6, **how).compile and len(asked) == 3
+    assert not device.choose(model(7), SIZE, 10**6, compiled="no", **how).compile and len(asked) == 3
+    timings(monkeypatch, seconds | {"fp32, channels_last, compiled": 0.095})
+    assert not device.choose(model(7), SIZE, 10**6, **how).compile
+    timings(monkeypatch, {"fp32, channels_last": 0.1})  # the compiler fails
+    assert not device.choose(model(7), SIZE, 10**6, **how).compile
 
 
 def test_measuring_leaves_the_network_as_it_was():

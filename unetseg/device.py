@@ -133,11 +133,15 @@ def _fastest(model: nn.Module, size: tuple[int, int], candidates: list[str], tra
     return Choice(*best.split(", "), False, f"{kind} of 2 images took {seconds[best]:.2g} s; {others}")
 
 
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has what it needs, and is worth a try: not on CPUs, where it gained nothing."""
+    modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+    return modern and importlib.util.find_spec("triton") is not None
+
+
 def _repays(model: nn.Module, size: tuple[int, int], chosen: Choice, num_steps: int) -> bool:
     """Whether compiling works here, and saves a run of so many steps clearly more than it costs."""
-    device = next(model.parameters()).device
-    modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
-    if not modern or importlib.util.find_spec("triton") is None:
+    if not can_compile(next(model.parameters()).device):
         return False
     how = chosen.precision, chosen.memory_format
     plain, _ = _time(model, size, *how, batch_size=8)

@@ -83,7 +83,7 @@ def augmentation(settings: Settings, train_set: SegmentationSet) -> Callable[...
     boxes, num_boxes = instance_boxes(train_set, settings.aim_at)
 
     def occlude_then_basic(images: Tensor, masks: Tensor, rows: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        donors, _ = train_set.batch(augment.donors(rows, len(train_set)).cpu(), images.device)
+        donors, _ = train_set.batch(augment.donors(rows, len(train_set)), images.device)
         aims = boxes[indices].to(images.device), num_boxes[indices].to(images.device)
         shares = settings.occlusion, settings.aimed, settings.occluded
         return augment.basic(*augment.occlude(images, masks, rows, *aims, donors, *shares), rows)
