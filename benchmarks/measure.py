@@ -32,7 +32,7 @@ REPEATS = 5
 
 @dataclass
 class Row:
-    """One line of a table: a ratio of medians' rounds, against what, and what was aimed at ("≥ 2.5", "≤ 1.05", "")."""
+    """One line of a table: the ratio of each round, against what, and what was aimed at ("≥ 2.5", "≤ 1.05", "")."""
 
     what: str
     against: str
@@ -55,7 +55,7 @@ class Row:
     def __str__(self) -> str:
         verdict = {True: "met", False: "MISSED", None: ""}[self.met]
         spread = f"{self.median:.2f} ({min(self.ratios):.2f}-{max(self.ratios):.2f})"
-        return f"{self.what:<62}{self.against:<52}{spread:>20}  {self.target:<7} {verdict}"
+        return f"{self.what:<72} {self.against:<56} {spread:>19}  {self.target:<6} {verdict}"
 
 
 class Contender:
