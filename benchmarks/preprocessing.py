@@ -79,6 +79,7 @@ def straightforward(raw: Path, out: Path, frames: int) -> None:
         labels = labels.with_name(labels.name.replace("_gtFine.png", "_gtFine_labelIds.png"))
         image = np.array(Image.open(path)).astype(np.float64) / 255.0
         ids = np.array(Image.open(labels)).astype(np.float64)
+        assert set(np.unique(ids)) <= set(range(34)), f"{labels}: unknown ids"
         mask = np.full(ids.shape, 255.0)
         for label_id in range(34):
             mask = np.where(ids == label_id, float(class_set.lookup[label_id]), mask)
@@ -133,15 +134,21 @@ def ours(raw: Path, out: Path, *more: str) -> tuple[float, float]:
 def _watch_workers(process: subprocess.Popen, peaks: list[float]) -> None:
     import psutil
 
-    main = psutil.Process(process.pid)
     while process.poll() is None:
-        for child in [] if not main.is_running() else main.children():
-            try:
+        try:
+            for child in psutil.Process(process.pid).children():
                 status = Path(f"/proc/{child.pid}/status").read_text().splitlines()
                 peaks += [int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM")]
-            except (OSError, psutil.Error):
-                continue
+        except (OSError, psutil.Error):  # one of them has just ended
+            pass
         time.sleep(0.1)
+
+
+def straightforward_seconds(raw: Path, out: Path) -> float:
+    """Seconds of the straightforward script per frame, its start included."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, __file__, "straightforward", str(raw), str(out)], check=True)
+    return (time.perf_counter() - start) / SLOW_FRAMES
 
 
 def limit(raw: Path, decoder: str) -> tuple[float, float]:
@@ -157,42 +164,39 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=300)
     parser.add_argument("--home", type=Path, default=Path("runs/bench"), help="scratch folder")
     args = parser.parse_args()
-    from measure import REPEATS, Row, compare, save
+    from measure import REPEATS, Row, save
 
     raw, out = args.home / f"raw_frames{args.frames}", args.home / "frames_processed"
     kind = repeat_frames(raw, args.frames)
     few = args.home / f"raw_frames{FEW}"
     repeat_frames(few, FEW)
-    seconds = {name: [min(times) for times in zip(*(limit(few, name) for _ in range(3)))] for name in DECODERS}
+    seconds = {name: [min(times) for times in zip(*(limit(few, name) for _ in range(2)))] for name in DECODERS}
     warm = min(seconds, key=lambda name: seconds[name][1])
     whole = min(seconds, key=lambda name: seconds[name][0] + (args.frames / FEW - 1) * seconds[name][1])
     print(f"decoding {FEW} frames: " + ", ".join(f"{n[7:]} {w:.2f} s, warm {v:.2f}" for n, (w, v) in seconds.items()))
-    memory, small = {}, []
-
-    def script() -> float:
-        small.append((ours(few, out)[0], limit(few, whole)[0]))
-        took, memory[args.frames] = ours(raw, out)
-        return took
-
+    rounds = [
+        {
+            "ours": ours(raw, out)[0],
+            "whole": limit(raw, whole)[0],
+            "warm": limit(raw, warm)[1],
+            "slow": straightforward_seconds(raw, args.home / "slow") * args.frames,
+            "ours, few": ours(few, out)[0],
+            "whole, few": limit(few, whole)[0],
+        }
+        for _ in range(REPEATS)
+    ]
     what = f"preprocessing {args.frames} frames of 2048x1024"
     against = f"a command that decodes them alone ({whole[7:]})"
-    rows = [compare(what, against, "≥ 0.85", script, lambda: limit(raw, whole)[0], frames=kind)]
-    both = zip(rows[0].seconds["ours"], rows[0].seconds["theirs"], small)
-    ratios = [(theirs - few_theirs) / (mine - few_mine) for mine, theirs, (few_mine, few_theirs) in both]
-    rows.append(Row("each further frame", against, "≥ 0.85", ratios, notes={"frames": f"{FEW} to {args.frames}"}))
-    print(rows[-1])
-    mine = iter(rows[0].seconds["ours"])
-    against = f"decoding alone ({warm[7:]}), workers already warm"
-    rows.append(compare(what, against, "≥ 0.85", lambda: next(mine), lambda: limit(raw, warm)[1]))
-
-    def slow() -> float:
-        start = time.perf_counter()
-        command = [sys.executable, __file__, "straightforward", str(raw), str(args.home / "slow")]
-        subprocess.run(command, check=True)
-        return (time.perf_counter() - start) / SLOW_FRAMES
-
-    mine = iter(rows[0].seconds["ours"])
-    rows.append(compare(what, "the straightforward script, per frame", "≥ 20", lambda: next(mine) / args.frames, slow))
+    further = [(r["whole"] - r["whole, few"]) / (r["ours"] - r["ours, few"]) for r in rounds]
+    seconds_of = {name: [r[name] for r in rounds] for name in rounds[0]}
+    rows = [
+        Row(what, against, "≥ 0.85", [r["whole"] / r["ours"] for r in rounds], seconds_of, {"frames": kind}),
+        Row("each further frame", against, "≥ 0.85", further, notes={"frames": f"{FEW} to {args.frames}"}),
+        Row(what, f"decoding alone ({warm[7:]}), workers warm", "≥ 0.85", [r["warm"] / r["ours"] for r in rounds]),
+        Row(what, "the straightforward script", "≥ 20", [r["slow"] / r["ours"] for r in rounds]),
+    ]
+    print(*rows, sep="\n")
+    memory = {args.frames: ours(raw, out)[1]}
     _, memory[FEW] = ours(few, out)
     print(f"memory of a worker: {memory[FEW]:.0f} MiB with {FEW} frames, {memory[args.frames]:.0f} with {args.frames}")
     facts = {"memory_mebibytes": memory, "repeats": REPEATS}

@@ -108,3 +108,4 @@ def test_free_memory_is_known_and_keeping_it_does_no_harm():
     assert 2**20 < memory.free_bytes() < 2**50
     memory.keep_freed()
     memory.keep_freed()
+    memory.hand_back()

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from . import memory
 from .files import read_json, write_json
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -121,6 +122,7 @@ def _fastest(model: nn.Module, size: tuple[int, int], candidates: list[str], tra
             seconds[candidate], outputs[candidate] = _time(model, size, *candidate.split(", "), training, limit=limit)
         except RuntimeError as error:  # no kernel for it here, or no memory
             failed = error
+    memory.hand_back()  # what follows needs other blocks
     if not seconds:
         raise failed
     default, best = next(iter(seconds)), min(seconds, key=seconds.get)
