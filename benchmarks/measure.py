@@ -79,6 +79,9 @@ class Contender:
         return self
 
     def __exit__(self, *error: object) -> None:
+        with suppress(OSError):
+            self.pipe.send("end")
+        self.process.join(10)
         self.process.kill()
         self.process.join()
 

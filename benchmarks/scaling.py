@@ -20,7 +20,6 @@ from start import repeat_pairs
 
 from unetseg import device, inference, plots
 from unetseg.augment import basic
-from unetseg.classes import CLASS_SETS
 from unetseg.data import Batches, load_split
 from unetseg.files import write_json
 from unetseg.losses import cross_entropy
@@ -52,7 +51,7 @@ def by_count(home: Path, most: int) -> dict[str, dict[int, list[float]]]:
         raw, processed = repeat_raw(home / "raw64", home / f"raw_count{count}", count), home / f"count{count}"
         repeat_pairs(source, processed, count)
         command = [SCRIPT, "--data_dir", raw, "--output_dir", home / "count_out", "--size", 64, "--splits", "train"]
-        for _ in range(REPEATS if count < 10_000 else 2):
+        for _ in range(REPEATS if count < 3000 else 3):
             shutil.rmtree(home / "count_out", ignore_errors=True)
             found["preprocessing"].setdefault(count, []).append(run_quietly(command))
             start = time.perf_counter()
@@ -68,11 +67,13 @@ def by_count(home: Path, most: int) -> dict[str, dict[int, list[float]]]:
 
 def at_side(kind: str, side: int) -> Callable[[], None]:
     """A training step (two images) or a prediction (one) of the default preset at side x side."""
-    trainer = Trainer(UNet(7).to(device.pick_device()), 10**6, 1e-3, 0.01, "fp32")
+    model = UNet(7).to(device.pick_device())
+    chosen = device.choose(model, (256, 256), compiled="no")
+    trainer = Trainer(model, 10**6, 1e-3, 0.01, chosen.precision, chosen.memory_format)
     if kind == "prediction":
         image = (torch.rand(side, side, 3) * 255).to(torch.uint8).numpy()
-        model = trainer.model.eval()
-        return lambda: CLASS_SETS["cityscapes7"].paint(inference.predict(model, image, (side, side)))
+        model.eval()
+        return lambda: inference.predict(model, image, (side, side), chosen.precision)
     images, masks = torch.rand(2, 3, side, side), torch.randint(0, 7, (2, side, side))
     images, masks = images.to(trainer.device), masks.to(trainer.device)
     return lambda: trainer.step(images, masks, cross_entropy)[0].item()
