@@ -129,8 +129,26 @@ def environment() -> dict:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "opencv": cv2.__version__,
-        "commit": stages.commit(),
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """The commit measured; the results of other benchmarks do not make it dirty."""
+    command = [
+        "git",
+        "-C",
+        str(ROOT),
+        "status",
+        "--porcelain",
+        "-uno",
+        "--",
+        ".",
+        ":!benchmarks/results",
+        ":!README.md",
+    ]
+    changed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return stages.commit() if changed else stages.commit().removesuffix("-dirty")
 
 
 def save(name: str, rows: list[Row], **more: object) -> None:
