@@ -135,18 +135,8 @@ def environment() -> dict:
 
 def commit() -> str:
     """The commit measured; the results of other benchmarks do not make it dirty."""
-    command = [
-        "git",
-        "-C",
-        str(ROOT),
-        "status",
-        "--porcelain",
-        "-uno",
-        "--",
-        ".",
-        ":!benchmarks/results",
-        ":!README.md",
-    ]
+    where = ("--", ".", ":!benchmarks/results", ":!README.md")
+    command = ["git", "-C", str(ROOT), "status", "--porcelain", "-uno", *where]
     changed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     return stages.commit() if changed else stages.commit().removesuffix("-dirty")
 
