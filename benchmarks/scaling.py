@@ -26,7 +26,7 @@ from unetseg.losses import cross_entropy
 from unetseg.model import UNet
 from unetseg.trainer import Trainer
 
-REPEATS = 5
+REPEATS = 3
 SIDES = (128, 192, 256, 384, 512, 768, 1024)
 
 
@@ -51,7 +51,7 @@ def by_count(home: Path, most: int) -> dict[str, dict[int, list[float]]]:
         raw, processed = repeat_raw(home / "raw64", home / f"raw_count{count}", count), home / f"count{count}"
         repeat_pairs(source, processed, count)
         command = [SCRIPT, "--data_dir", raw, "--output_dir", home / "count_out", "--size", 64, "--splits", "train"]
-        for _ in range(REPEATS if count < 3000 else 3):
+        for _ in range(REPEATS if count < 10_000 else 2):
             shutil.rmtree(home / "count_out", ignore_errors=True)
             found["preprocessing"].setdefault(count, []).append(run_quietly(command))
             start = time.perf_counter()
@@ -90,7 +90,7 @@ def by_area(most: int) -> dict[str, dict[int, list[float]]]:
     return found
 
 
-def draw(found: dict[str, dict[int, list[float]]], label: str, unit: str, factor: float) -> Figure:
+def draw(found: dict[str, dict[int, list[float]]], across: str, unit: str, factor: float) -> Figure:
     """Cost per image or pixel with its range; relative to the largest, so that a level line is a linear cost."""
     figure = Figure(figsize=(plots.WIDTH, 3.6), layout="constrained")
     ax = figure.subplots()
@@ -98,12 +98,11 @@ def draw(found: dict[str, dict[int, list[float]]], label: str, unit: str, factor
         costs = {size: [factor * value / size for value in values] for size, values in times.items()}
         middle = {size: statistics.median(values) for size, values in costs.items()}
         last = middle[max(middle)]
-        ax.plot(
-            middle, [value / last for value in middle.values()], "o-", color=colour, label=f"{name} ({last:.3g} {unit})"
-        )
+        label = f"{name} ({last:.3g} {unit})"
+        ax.plot(list(middle), [value / last for value in middle.values()], "o-", color=colour, label=label)
         low, high = ([pick(values) / last for values in costs.values()] for pick in (min, max))
         ax.fill_between(list(middle), low, high, color=colour, alpha=0.2)
-    ax.set(xscale="log", xlabel=label, ylabel="cost, relative to the largest", ylim=(0, None))
+    ax.set(xscale="log", xlabel=across, ylabel="cost, relative to the largest", ylim=(0, None))
     ax.axhline(1, color="0.5", linewidth=0.8)
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
@@ -118,9 +117,9 @@ def main() -> None:
     args = parser.parse_args()
     matplotlib.rcParams["svg.hashsalt"] = "unetseg"
     area, count = by_area(args.side), by_count(args.home, args.most)
+    write_json(RESULTS / "scaling.json", {"name": "scaling", **environment(), "by_count": count, "by_area": area})
     plots.save(draw(count, "images", "ms an image", 1e3), RESULTS / "scaling_count.svg")
     plots.save(draw(area, "pixels of an image", "µs a pixel", 1e6), RESULTS / "scaling_area.svg")
-    write_json(RESULTS / "scaling.json", {"name": "scaling", **environment(), "by_count": count, "by_area": area})
 
 
 if __name__ == "__main__":
