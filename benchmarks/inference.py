@@ -15,7 +15,7 @@ from pathlib import Path
 
 import cv2
 import torch
-from measure import PRESETS, SHARED, Row, compare, compare_processes, load, peak_memory, processed_scenes, save
+from measure import PRESETS, SHARED, Row, compare, compare_processes, load, peak_memory, processed_scenes, save, settle
 
 from unetseg import device, engine, inference, memory, pictures, scenes
 from unetseg.classes import CLASS_SETS
@@ -31,12 +31,6 @@ def network(preset: str = "default") -> torch.nn.Module:
     memory.keep_freed()
     torch.manual_seed(0)
     return UNet(7, *PRESETS[preset]).to(device.pick_device(), memory_format=torch.channels_last).eval()
-
-
-def settle() -> None:
-    """Wait for a GPU."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def evaluation(home: Path) -> Callable[[], None]:

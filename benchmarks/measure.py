@@ -95,6 +95,12 @@ def _serve(pipe: Connection, make: Callable, args: tuple) -> None:
             pipe.send((time.perf_counter() - start, peak_memory()))
 
 
+def settle() -> None:
+    """Wait for a GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def peak_memory() -> float:
     """The most memory this process has had, in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -78,7 +78,7 @@ def read_all(processed: Path) -> None:
 
 
 def repeat_pairs(source: Path, target: Path, number: int) -> None:
-    """A processed folder of `number` training images, each a hard link to one of the source's."""
+    """A processed folder of `number` training images, each a copy of one of the source's."""
     if target.is_dir():
         return
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("train", "visualizations"))

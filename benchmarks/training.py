@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import PRESETS, Contender, Row, compare_processes, load, processed_scenes, save
+from measure import PRESETS, Contender, Row, compare_processes, load, processed_scenes, save, settle
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -40,12 +40,6 @@ def trainer_of(preset: str, size: int = SIZE) -> Trainer:
     model = UNet(7, *PRESETS[preset]).to(device.pick_device())
     chosen = device.choose(model, (size, size), compiled="no")
     return Trainer(model, 10**6, 1e-3, 0.01, chosen.precision, chosen.memory_format)
-
-
-def settle() -> None:
-    """Wait for a GPU."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def our_steps(preset: str, home: Path, stage: str, constant: bool = False, steps: int = STEPS) -> Callable[[], None]:

@@ -8,15 +8,14 @@ from pathlib import Path
 import psutil
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-KEPT = 32 << 20  # bytes that a block may have; more is faster still, but large networks then need an eighth more memory
+KEPT = 32 << 20  # bytes that a block may have; more is faster still, but large networks then need more memory
 
 
 def keep_freed() -> None:
     """Let this process keep the blocks it frees for what it allocates next, instead of handing them back.
 
-    A network frees and allocates the same gigabyte in every step, and the system zeroes each page of it anew: a sixth
-    of a step of the default network on a CPU. With other C libraries than glibc nothing changes. Calling it again does
-    no harm.
+    A network frees and allocates the same gigabyte in every step, and the system zeroes each page of it anew. With
+    other C libraries than glibc nothing changes. Calling it again does no harm.
     """
     _glibc("mallopt", M_MMAP_THRESHOLD, KEPT)
     _glibc("mallopt", M_TRIM_THRESHOLD, 2**31 - 1)

@@ -66,7 +66,7 @@ class Tracker:
 
 def _mirror(records: Queue, messages: Queue, started: Event, project: str, run: Path, config: dict) -> None:
     """The other end, a process of its own: log the records as they come, until "finish" or the first failure."""
-    from .tracking import PATIENCE, Mirror, ServerGone  # here, because importing W&B takes as long as 3 000 images
+    from .tracking import PATIENCE, Mirror, ServerGone  # here, because only this process needs W&B
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # training decides when to end
     end_with_parent()
