@@ -2,20 +2,33 @@
 
     python benchmarks/inference.py [--home FOLDER] [--large]
 
---large measures batches of 16 and a folder of 100 photographs, predicted six times, instead. Writes
+--large measures photographs' size and batches of 16, and folders of 100 and 1000 photographs, instead. Writes
 benchmarks/results/inference.json or inference_large.json.
 """
 
 import argparse
 import itertools
-import shutil
+import os
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import torch
-from measure import PRESETS, SHARED, Row, compare, compare_processes, load, peak_memory, processed_scenes, save, settle
+from measure import (
+    PRESETS,
+    REPEATS,
+    SHARED,
+    Row,
+    compare,
+    compare_processes,
+    load,
+    peak_memory,
+    processed_scenes,
+    save,
+    settle,
+)
 
 from unetseg import device, engine, inference, memory, pictures, scenes
 from unetseg.classes import CLASS_SETS
@@ -25,6 +38,7 @@ from unetseg.model import UNet
 from unetseg.trainer import forward
 
 SIZE, CLASSES = (256, 256), CLASS_SETS["cityscapes7"]
+AGAINST = "decode + forward + encode, summed"
 
 
 def network(preset: str = "default") -> torch.nn.Module:
@@ -85,7 +99,7 @@ class Photos:
         self.folder.mkdir(parents=True, exist_ok=True)
         for place in range(number):
             if not (self.folder / f"{place}.png").exists():
-                shutil.copyfile(real[place % len(real)], self.folder / f"{place}.png")
+                os.symlink(real[place % len(real)].resolve(), self.folder / f"{place}.png")
         self.paths = sorted(self.folder.iterdir())
         self.model = network()
         self.precision = device.choose(self.model, SIZE, training=False).precision
@@ -125,25 +139,36 @@ def predicting(home: Path, number: int) -> list[Row]:
     """One photograph, and a folder of them with its memory, against decoding + forward + encoding, summed."""
     one, many = Photos(home, 1), Photos(home, number)
     one.whole()
-    against, facts = "decode + forward + encode, summed", {"photographs": f"2048x1024, {one.kind}"}
-    rows = [compare("predict, one photograph", against, "≤ 1.2", one.whole, lambda: sum(one.parts().values()), **facts)]
+    facts = {"photographs": f"2048x1024, {one.kind}"}
+    rows = [compare("predict, one photograph", AGAINST, "≤ 1.2", one.whole, lambda: sum(one.parts().values()), **facts)]
     rows[0].notes["parts"] = one.parts()
     peaks = [many.whole() and peak_memory()]
 
     def all_parts() -> float:
         return sum(sum(many.parts().values()) for _ in range(5)) / 5 * number
 
-    rows.append(compare(f"predict, a folder of {number}", against, "≤ 1.2", many.whole, all_parts, **facts))
+    rows.append(compare(f"predict, a folder of {number}", AGAINST, "≤ 1.2", many.whole, all_parts, **facts))
     peaks.append(peak_memory())
     rows[-1].notes["peak_mebibytes"] = {f"after {number}": peaks[0], f"after {6 * number}": peaks[1]}
     print(rows[-1].notes["peak_mebibytes"])
     return rows
 
 
+def thousand(home: Path) -> Row:
+    """A folder of 1000 photographs, predicted once; its memory after it and before."""
+    photos = Photos(home, 1000)
+    before, seconds = peak_memory(), photos.whole()
+    parts = statistics.median(sum(photos.parts().values()) for _ in range(REPEATS)) * 1000
+    peaks = {"before": before, "after": peak_memory()}
+    row = Row("predict, a folder of 1000, once", AGAINST, "≤ 1.2", [seconds / parts], notes={"peak_mebibytes": peaks})
+    print(row, peaks, flush=True)
+    return row
+
+
 def speeds(large: bool) -> list[Row]:
     """Images/s against plain PyTorch."""
     rows = []
-    sizes = [(16, 256, 256), (16, 512, 1024)] if large else [(1, 256, 256), (1, 512, 1024)]
+    sizes = [(1, 512, 1024), (16, 256, 256), (16, 512, 1024)] if large else [(1, 256, 256)]
     for preset, (batch, height, width) in itertools.product(["default"], sizes):
         what = f"inference, {preset} preset, {height}x{width} (height x width), batch {batch}"
         ours, theirs = ((passes, preset, plain, batch, height, width) for plain in (False, True))
@@ -160,7 +185,7 @@ def main() -> None:
     args = parser.parse_args()
     processed_scenes(args.home, 64)
     if args.large:
-        rows = speeds(True) + predicting(args.home, 100)
+        rows = [*speeds(True), *predicting(args.home, 100), thousand(args.home)]
     else:
         halves = (evaluation, args.home), (forward_alone, args.home)
         rows = [compare_processes("evaluation of a split, default preset", "forward passes alone", "≤ 1.1", *halves)]
