@@ -28,7 +28,7 @@ report: .venv/installed
 notebooks: .venv/installed
 	$(BIN)/python notebooks/run_all.py --out runs --quick --update
 
-# The shorter benchmarks, about eleven minutes on two cores; the README's table. See benchmarks/ for those that take longer.
+# The shorter benchmarks, about ten minutes on two cores; the README's table. See benchmarks/ for those that take longer.
 bench: .venv/installed-dev
 	for name in preprocessing training inference start; do $(BIN)/python benchmarks/$$name.py --home "$(OUT)/bench" || exit; done
 	$(BIN)/python benchmarks/table.py
