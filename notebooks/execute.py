@@ -55,6 +55,13 @@ def fill_answer(notebook: nbformat.NotebookNode, run: Path) -> None:
     cell.source = re.sub(r"^\*\*Answer\.\*\*.*$", lambda match: answer, cell.source, flags=re.MULTILINE)
 
 
+def publish(done: Path, target: Path, stage: str) -> None:
+    """Write an executed notebook to `target` with the paths that suit any place instead of this execution's."""
+    notebook, paths = nbformat.read(done, as_version=4), {"data": "auto", "out": f"runs/{stage}"}
+    change_settings(notebook, paths if stage == "scratch" else paths | {"init": "runs/scratch"})
+    nbformat.write(notebook, target)
+
+
 def execute(source: Path, target: Path, settings: dict) -> None:
     """Execute `source` from the repository's root with changed settings and write it to `target`.
 

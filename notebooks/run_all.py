@@ -7,20 +7,18 @@ Without --data it draws street scenes. Everything is written to OUT/<name of the
 
 import argparse
 import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "preprocessing"), str(ROOT / "report")]
+sys.path[:0] = [str(ROOT), str(ROOT / "report")]
 from build import build, collect
-from execute import NOTEBOOKS, execute
-from image_segmentation_preprocessing import find_layout
+from execute import NOTEBOOKS, execute, publish
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-from unetseg import scenes, stages
+from unetseg import place, scenes, stages
 from unetseg.processed import find_split
+from unetseg.raw import find_layout
 
 QUICK_SIZE = {"cityscapes": "192x96", "camvid": "144x108"}  # the shape of the originals, few pixels
 QUICK_CHANNELS = 16
@@ -43,13 +41,10 @@ def prepare(args: argparse.Namespace, home: Path) -> tuple[Path, int]:
     if raw is None:
         raw = home / "scenes"
         say(f"Drawing street scenes into {raw}")
-        scenes.draw_dataset(raw, {"train": 64, "val": 40})
+        scenes.draw_dataset(raw, place.DRAWN)
     layout, processed = find_layout(raw), home / "processed"
     say(f"Preprocessing {raw}")
-    script = ROOT / "preprocessing" / "image_segmentation_preprocessing.py"
-    size = QUICK_SIZE[layout] if args.quick else "256"
-    command = [sys.executable, script, "--data_dir", raw, "--output_dir", processed, "--size", size]
-    status = subprocess.run([str(part) for part in command]).returncode
+    status = place.preprocess(raw, processed, QUICK_SIZE[layout] if args.quick else "256")
     if status and not (processed / "stats_train.json").is_file():
         raise SystemExit(status)
     return processed, status
@@ -113,7 +108,7 @@ def main() -> int:
             say(f"Notebook {number} of 3: {name} ({settings['epochs']} epochs)")
             execute(Path("notebooks", name), home / "notebooks" / name, settings)
             if args.update:
-                shutil.copy(home / "notebooks" / name, Path("notebooks", name))
+                publish(home / "notebooks" / name, Path("notebooks", name), stage)
         say("Building the report")
         results = collect(home)
         build(home / "pictures", [results], home / "UNet_Model_Training_Report.pdf")

@@ -14,9 +14,10 @@ import os
 import signal
 import sys
 import zlib
-from collections.abc import Callable, Collection
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from io import BytesIO
@@ -29,16 +30,16 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+PLACES = [Path(__file__).resolve().parents[1], Path(__file__).resolve().parent]  # of unetseg, and of this file
+sys.path.insert(0, str(PLACES[0]))
 from unetseg.classes import CLASS_SETS, IGNORE_INDEX, ClassSet
 from unetseg.files import atomic_open, exclusive, read_bytes, write_json
 from unetseg.pictures import BadFile, overlay, read_png
 from unetseg.pool import ctrl_c_for_us_alone, worker_pool
 from unetseg.processed import to_uint8
+from unetseg.raw import DEFAULT_CLASSES, Pair, choose_splits, find_layout, list_pairs
 
 log = logging.getLogger("preprocessing")
-DEFAULT_CLASSES = {"cityscapes": "cityscapes7", "camvid": "camvid7"}
-DEFAULT_SPLITS = {"cityscapes": ("train", "val"), "camvid": ("train", "val", "test")}
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,6 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One image with its label file; `labels` is None where the split has no labels worth reading."""
-
-    stem: str
-    image: Path
-    labels: Path | None
-
-
-@dataclass(frozen=True)
 class Record:
     """What became of one pair; the counts are pixels per class, void last."""
 
@@ -69,65 +61,6 @@ class Record:
     resized: list[int] = field(default_factory=list)
     reused: bool = False
     error: str = ""
-
-
-def find_layout(root: Path) -> str:
-    """The layout, "cityscapes" or "camvid", by the folders under `root`. Raises BadFile for anything else."""
-    expected = "leftImg8bit/ and gtFine/ (Cityscapes), or train/ and trainannot/ (CamVid, SegNet's split)"
-    if not root.is_dir():
-        raise BadFile(f"{root}: expected a folder with {expected}; found {'a file' if root.exists() else 'nothing'}")
-    found = sorted(path.name for path in root.iterdir() if path.is_dir())
-    if "leftImg8bit" in found and "gtFine" in found:
-        return "cityscapes"
-    if any(f"{name}annot" in found for name in found):
-        return "camvid"
-    inner = next((path.parent for path in root.glob("*/leftImg8bit")), None)
-    hint = f"; did you mean {inner}?" if inner else ""
-    raise BadFile(f"{root}: expected {expected}; found {', '.join(found[:8]) or 'no folders'}{hint}")
-
-
-def list_pairs(root: Path, layout: str, split: str) -> tuple[list[Pair], list[Record]]:
-    """The split's pairs by stem, and a record for each image or label file that stands alone or double."""
-    if layout == "cityscapes":
-        images = _by_stem(root / "leftImg8bit" / split, "*/*", "_leftImg8bit.png")
-        labels = _by_stem(root / "gtFine" / split, "*/*", "_gtFine_labelIds.png")
-    else:
-        images = _by_stem(root / split, "*", ".png")
-        labels = _by_stem(root / f"{split}annot", "*", ".png")
-    labelled = not (layout == "cityscapes" and split == "test")  # Cityscapes' test labels are dummies
-    pairs, alone = [], []
-    for stem in sorted(images.keys() | (labels.keys() if labelled else set())):
-        paths = [*images.get(stem, []), *(labels.get(stem, []) if labelled else [])]
-        if stem and len(paths) == 1 + labelled and stem in images and (not labelled or stem in labels):
-            pairs.append(Pair(stem, paths[0], paths[1] if labelled else None))
-        else:
-            alone.append(Record(stem, error=_why_unpaired(root, layout, split, stem, images, labels)))
-    return pairs, alone
-
-
-def _by_stem(folder: Path, pattern: str, ending: str) -> dict[str, list[Path]]:
-    """Stem -> files under `folder` whose names end so, in any case."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob(pattern)):
-        if path.name.lower().endswith(ending.lower()):
-            found.setdefault(path.name[: -len(ending)], []).append(path)
-    return found
-
-
-def _why_unpaired(root: Path, layout: str, split: str, stem: str, images: dict, labels: dict) -> str:
-    if not stem:
-        return f"{next(iter(images.get(stem) or labels[stem]))}: expected a name before its ending, found none"
-    doubles = next((paths for paths in (images.get(stem, []), labels.get(stem, [])) if len(paths) > 1), None)
-    if doubles:
-        return f"{doubles[0]}: expected one file of this name in the split, found also {doubles[1]}"
-    if stem not in images:
-        return f"{labels[stem][0]}: expected an image of the same name, found none"
-    image = images[stem][0]
-    if layout == "camvid":
-        return f"{image}: expected its label file {root / f'{split}annot' / image.name}, found none"
-    expected = root / "gtFine" / split / image.parent.name / f"{stem}_gtFine_labelIds.png"
-    found = "labelTrainIds: labelIds are needed" if list(expected.parent.glob(f"{stem}*TrainIds.png")) else "none"
-    return f"{image}: expected its label file {expected}, found {found}"
 
 
 def shrink_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -239,7 +172,33 @@ def save_mask(path: Path, mask: np.ndarray, record: Record, origin: dict) -> Non
         file.write(content.getbuffer())
 
 
-def process_split(pool: ProcessPoolExecutor, split: str, pairs: list[Pair], **job) -> list[Record]:
+@contextmanager
+def open_pool(workers: int, dask: str | None) -> Iterator[Executor]:
+    """Worker processes here, or those of a Dask cluster, which must see the same files under the same paths."""
+    if dask is None:
+        with worker_pool(workers) as pool:
+            yield pool
+        return
+    try:
+        from distributed import Client, KilledWorker, WorkerPlugin
+    except ImportError:
+        raise BadFile("--dask: expected the package `distributed`, found none; pip install distributed") from None
+
+    class Paths(WorkerPlugin):
+        """Lets each worker, also one that replaces a dead one, find this code."""
+
+        def setup(self, worker: object) -> None:
+            sys.path[:0] = [str(folder) for folder in PLACES]
+
+    with Client(dask) as client:
+        client.register_plugin(Paths())
+        try:
+            yield client.get_executor(pure=False)
+        except KilledWorker as error:
+            raise BadFile(f"{dask}: workers died again and again (out of memory?): {error}") from None
+
+
+def process_split(pool: Executor, split: str, pairs: list[Pair], **job) -> list[Record]:
     """Process all pairs of a split on the pool, in order, under a progress bar."""
     with ctrl_c_for_us_alone():
         results = pool.map(partial(process, split=split, **job), pairs, chunksize=max(1, min(16, len(pairs) // 128)))
@@ -321,7 +280,7 @@ def draw_samples(output: Path, split: str, class_set: ClassSet, stems: list[str]
     plots.save(figure, output / "visualizations" / f"{split}_samples.jpg")
 
 
-def start_drawing(pool: ProcessPoolExecutor, output: Path, stats: dict, num_samples: int) -> list[Future]:
+def start_drawing(pool: Executor, output: Path, stats: dict, num_samples: int) -> list[Future]:
     """Let the workers draw a split while they go on with the next."""
     pictures = [pool.submit(draw_distribution, output, {key: stats[key] for key in stats.keys() - {"files"}})]
     if num_samples:
@@ -384,6 +343,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--size", type=parse_size, default=(256, 256), metavar="N|WxH", help="output size (256)")
     add("--dtype", choices=("float32", "float16", "uint8"), default="float32", help="stored images (float32)")
     add("--workers", type=at_least(1), default=os.cpu_count(), help="processes (default: all cores)")
+    add("--dask", metavar="ADDRESS", help="work on this Dask cluster instead (its scheduler; needs `distributed`)")
     add(
         "--sample_size",
         type=at_least(0),
@@ -396,21 +356,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def choose_splits(root: Path, layout: str, asked: list[str] | None) -> list[str]:
-    """The splits asked for, all of which must exist, or the layout's defaults that do."""
-    if layout == "cityscapes":
-        found = {path.name for part in ("leftImg8bit", "gtFine") for path in (root / part).iterdir() if path.is_dir()}
-    else:
-        found = {path.name.removesuffix("annot") for path in root.iterdir() if path.is_dir()}
-    missing = [split for split in asked or [] if split not in found]
-    chosen = asked or [split for split in DEFAULT_SPLITS[layout] if split in found]
-    if missing or not chosen:
-        raise BadFile(
-            f"{root}: expected the splits {missing or DEFAULT_SPLITS[layout]}, found {sorted(found) or 'none'}"
-        )
-    return list(dict.fromkeys(chosen))
-
-
 def run(args: argparse.Namespace) -> int:
     """Process every split; returns the number of files left out."""
     layout = find_layout(args.data_dir)
@@ -420,9 +365,10 @@ def run(args: argparse.Namespace) -> int:
     splits = choose_splits(args.data_dir, layout, args.splits)
     left_out, pictures = 0, []
     written = ("*_processed/*", "visualizations")
-    with exclusive(args.output_dir, wait=True, below=written), worker_pool(args.workers) as pool:
+    with exclusive(args.output_dir, wait=True, below=written), open_pool(args.workers, args.dask) as pool:
         for split in splits:
-            pairs, records = list_pairs(args.data_dir, layout, split)
+            pairs, alone = list_pairs(args.data_dir, layout, split)
+            records = [Record(stem, error=error) for stem, error in alone.items()]
             if not pairs and not records:
                 records.append(
                     Record(split, error=f"{args.data_dir}: expected images in the split {split}, found none")

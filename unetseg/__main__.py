@@ -1,4 +1,4 @@
-"""python -m unetseg scenes | train | evaluate | predict"""
+"""python -m unetseg scenes | train | evaluate | predict | doctor"""
 
 import argparse
 import signal
@@ -52,6 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER")
     add("--out", type=Path, required=True)
     add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto", help="auto: measured")
+
+    add = commands.add_parser("doctor", help="what is here, what it can do, how long training will take").add_argument
+    add("--data", type=Path, help="a processed folder, or a raw Cityscapes or CamVid")
     return parser
 
 
@@ -63,7 +66,7 @@ def add_settings(command: argparse.ArgumentParser) -> None:
     add("--init", metavar="RUN_OR_WEIGHTS", help="what a fine-tuning starts from")
     for name, kind, text in (
         ("epochs", int, "passes over the training images (100; fine-tunings 30)"),
-        ("batch-size", int, "images per step (8)"),
+        ("batch-size", int, "images per step, of all processes together (8)"),
         ("lr", float, "peak learning rate (3e-3; fine-tunings 1e-3)"),
         ("weight-decay", float, "0.01"),
         ("channels", int, "width of the first level (32)"),
@@ -73,6 +76,7 @@ def add_settings(command: argparse.ArgumentParser) -> None:
         ("occlusion", float, "share of images with an occluder (0.5)"),
         ("aimed", float, "share of occluders placed on an instance (0.5)"),
         ("project", str, "W&B project (unetseg)"),
+        ("num-processes", int, "that train together on this machine, one per GPU (1)"),
         ("max-minutes", float, "stop, saved, before so many have passed; the same command then goes on"),
     ):
         add(f"--{name}", type=kind, help=text)
@@ -94,6 +98,15 @@ def scenes(args: argparse.Namespace) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
+    from . import processes
+
+    processes.begin()
+    status = train_stage(args)
+    processes.end()
+    return status
+
+
+def train_stage(args: argparse.Namespace) -> int:
     from . import stages
     from .data import class_weights, weights_table
     from .settings import STAGES, Settings, SettingsError, resolve
@@ -137,6 +150,12 @@ def predict(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
+def doctor(args: argparse.Namespace) -> int:
+    from .doctor import examine
+
+    return examine(args.data)
+
+
 def show_warning(message: Warning, *where: object, **more: object) -> None:
     """Show a warning as a line of its own, not where in the code it came from."""
     from tqdm import tqdm
@@ -148,7 +167,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     warnings.showwarning = show_warning
     try:
-        return {"scenes": scenes, "train": train, "evaluate": evaluate, "predict": predict}[args.command](args)
+        commands = {"scenes": scenes, "train": train, "evaluate": evaluate, "predict": predict, "doctor": doctor}
+        return commands[args.command](args)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         print(f"error: {error or type(error).__name__}", file=sys.stderr)
         return 1

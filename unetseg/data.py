@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from . import memory
+from . import memory, processes
 from .augment import epoch_draws
 from .classes import CLASS_SETS, IGNORE_INDEX, ClassSet
 from .processed import Split, find_split, read_pair, read_stats
@@ -73,6 +73,7 @@ class SegmentationSet(Dataset):
 class Batches:
     """The batches of a data set, epoch by epoch: in order as they are, or shuffled and augmented.
 
+    Of several processes each gets its part of every batch, which may be empty at the end of an epoch.
     augment  None, or a function (images, masks, rows of draws, indices) -> (images, masks)
     """
 
@@ -91,9 +92,9 @@ class Batches:
         if self.augment is None:
             order = torch.arange(len(self.dataset))
         for first in range(start * self.batch_size, len(order), self.batch_size):
-            indices = order[first : first + self.batch_size]
+            indices = processes.own(order[first : first + self.batch_size])
             images, masks = self.dataset.batch(indices, self.device)
-            if self.augment is not None:
+            if self.augment is not None and len(indices):
                 images, masks = self.augment(images, masks, table[indices].to(self.device), indices)
             yield images, masks
 

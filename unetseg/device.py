@@ -5,13 +5,14 @@ import importlib.util
 import os
 import platform
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from . import memory
+from . import capability, memory
 from .files import read_json, write_json
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -36,8 +37,16 @@ class Choice:
 
 
 def pick_device() -> torch.device:
-    """The first GPU, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU (of several, this process's own) or, where there is none, the CPU.
+
+    Raises NoKernels for a GPU that this build of PyTorch cannot compute on; warns of one that it does not see.
+    """
+    if torch.cuda.is_available():
+        capability.require_kernels(torch.cuda.current_device())
+        return torch.device("cuda")
+    if reason := capability.unused_gpu():
+        warnings.warn(f"there is a GPU, but computing on the CPU: {reason}", stacklevel=2)
+    return torch.device("cpu")
 
 
 def device_name(device: torch.device) -> str:
@@ -156,11 +165,6 @@ def _repays(model: nn.Module, size: tuple[int, int], chosen: Choice, num_steps: 
         return False
     cost = time.perf_counter() - start
     return fast * CLEARLY < plain and (plain - fast) * num_steps > 2 * cost
-
-
-def seconds_per_image(model: nn.Module, size: tuple[int, int], choice: Choice) -> float:
-    """Seconds of training per image, measured."""
-    return _time(model, size, choice.precision, choice.memory_format, batch_size=8)[0] / 8
 
 
 def _time(

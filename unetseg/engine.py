@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import checkpoint
+from . import checkpoint, processes
 from .classes import IGNORE_INDEX
 from .metrics import confusion_matrix, scores
 from .session import Session
@@ -84,7 +85,7 @@ class Position:
 
 
 class Keeper:
-    """Saves where a training stands: when that is due, and when the session is over."""
+    """Saves where a training stands: when that is due, and when the session is over. Of several, the first does."""
 
     def __init__(self, trainer: Trainer, job: Job, session: Session) -> None:
         self.trainer, self.job, self.session = trainer, job, session
@@ -96,22 +97,32 @@ class Keeper:
         for batch in batches:
             yield batch
             reason = self.session.over(reserve=self.cost)
-            if reason or time.monotonic() - self.saved > max(SAVE_SECONDS, 50 * self.cost):
+            due = time.monotonic() - self.saved > max(SAVE_SECONDS, 50 * self.cost)
+            decision = processes.highest(2 if reason else int(due))  # all do the same
+            if decision:
                 self.save()
-            if reason:
-                raise Pause(reason)
+            if decision == 2:
+                raise Pause(reason or "another process ends")
 
     def save(self) -> None:
         start = time.monotonic()
-        state = {"config": self.job.config, "trainer": self.trainer.state(), "position": vars(self.position)}
-        checkpoint.save_state(self.job.run, state)
+        if processes.is_first():
+            state = {"config": self.job.config, "trainer": self.trainer.state(), "position": vars(self.position)}
+            checkpoint.save_state(self.job.run, state)
+            if self.position.history:
+                checkpoint.write_history(self.job.run, self.position.history)
         self.saved = time.monotonic()
         self.cost = self.saved - start
+
+    def save_best(self, row: dict) -> None:
+        if processes.is_first():
+            weights = self.trainer.model.state_dict()
+            checkpoint.save_weights(self.job.run, weights, self.job.config, row["epoch"], row["val_miou"])
 
 
 def resume(trainer: Trainer, job: Job) -> Position:
     """Put the trainer where the run folder's state left it. Raises ValueError for the state of another run."""
-    saved = checkpoint.load_state(job.run)
+    saved = processes.from_first(partial(checkpoint.load_state, job.run))
     if saved is None:
         return Position([], sums=torch.zeros(4, dtype=torch.float64, device=trainer.device))
     path = job.run / checkpoint.STATE
@@ -183,12 +194,12 @@ def run_epoch(
     raise_concerns(row, skipped, result.confusion, job.names)
     best = max((earlier["val_miou"] for earlier in position.history), default=-1.0)
     if row["val_miou"] > best:
-        checkpoint.save_weights(job.run, trainer.model.state_dict(), job.config, row["epoch"], row["val_miou"])
+        keeper.save_best(row)
         position.confusion = torch.from_numpy(result.confusion)
-    log(row | {"scores": score, "skipped": skipped})
+    gpu = torch.cuda.max_memory_reserved() / 2**30 if trainer.device.type == "cuda" else None
+    log(row | {"scores": score, "skipped_steps": skipped, "gpu_gibibytes": gpu})
     position.next_epoch(row)
     keeper.save()
-    checkpoint.write_history(job.run, position.history)
     shown = {"epoch": row["epoch"], "mIoU": f"{row['val_miou']:.3f}", "best": f"{max(best, row['val_miou']):.3f}"}
     progress.set_postfix(shown)
 
@@ -204,9 +215,10 @@ def train_one_epoch(
     started = time.perf_counter() - position.seconds
     for images, masks in batches:
         loss, finite = trainer.step(images, masks, loss_fn)
-        position.add(loss, finite, len(images))
+        num_images = processes.total(len(images))
+        position.add(loss, finite, num_images)
         position.seconds = time.perf_counter() - started
-        progress.update(len(images))
+        progress.update(num_images)
         if images.device.type == "cpu" or position.step % LOOK_STEPS == 0:
             progress.set_postfix({"epoch": position.epoch, "loss": f"{look(position)[0]:.3f}"}, refresh=False)
     loss, skipped = look(position)
@@ -259,10 +271,10 @@ def evaluate(
     confusion = torch.zeros(num_classes + 1, num_classes, dtype=torch.int64, device=device)
     total, num_images, start = torch.zeros((), device=device), 0, time.perf_counter()
     for images, masks in batches:
-        logits = forward(model, images, precision, part)
+        logits, masks = processes.gather_batch(forward(model, images, precision, part), masks)
         truth = masks.where(masks != IGNORE_INDEX, 0) if void == "background" else masks
-        total += loss_fn(logits, truth) * len(images)
+        total += loss_fn(logits, truth) * len(masks)
         confusion += confusion_matrix(logits.argmax(dim=1), masks, num_classes)
-        num_images += len(images)
+        num_images += len(masks)
     loss = total.item() / max(num_images, 1)
     return Evaluation(loss, confusion.cpu().numpy(), num_images / (time.perf_counter() - start))

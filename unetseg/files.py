@@ -65,13 +65,18 @@ def exclusive(folder: Path, wait: bool = False, below: tuple[str, ...] = ()) -> 
         print(f"{folder}: waiting for another process at work in it", file=sys.stderr)
         lock.acquire()
     try:
-        for place in (folder, *(place for pattern in below for place in folder.glob(pattern))):
-            for path in place.glob(".*.tmp"):
-                if TEMPORARY.fullmatch(path.name):
-                    path.unlink(missing_ok=True)
+        _clear(folder, below)
         yield
+        _clear(folder, below)  # of workers that were killed meanwhile
     finally:
         lock.release()
+
+
+def _clear(folder: Path, below: tuple[str, ...]) -> None:
+    for place in (folder, *(place for pattern in below for place in folder.glob(pattern))):
+        for path in place.glob(".*.tmp"):
+            if TEMPORARY.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
 
 def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:

@@ -140,11 +140,13 @@ def comparison_table(runs: list[Path]) -> str:
 
 
 @torch.inference_mode()
-def predictions(model: nn.Module, dataset: SegmentationSet, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def predictions(
+    model: nn.Module, dataset: SegmentationSet, count: int, precision: str = "fp32"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images (n, H, W, 3) uint8, masks and predictions (n, H, W) uint8 of up to `count` images, evenly spread."""
     places = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().long()
     images, _ = dataset.batch(places, next(model.parameters()).device)
-    preds = model(images).argmax(dim=1).to(torch.uint8).cpu()
+    preds = forward(model, images, precision).argmax(dim=1).to(torch.uint8).cpu()
     return dataset.images[places].numpy(), dataset.masks[places].numpy(), preds.numpy()
 
 

@@ -51,7 +51,7 @@ class Settings:
     out: str  # the run folder
     init: str | None = None  # run folder or weights to start from; the two fine-tunings need it
     epochs: int | None = None  # passes over the training images
-    batch_size: int = 8  # images per step
+    batch_size: int = 8  # images per step, of all processes together
     lr: float | None = None  # peak learning rate
     weight_decay: float = 0.01
     channels: int | None = None  # width of the first level (32)
@@ -69,6 +69,7 @@ class Settings:
     occluded: str = "keep"  # covered pixels "keep" their class or become "void"
     project: str = "unetseg"  # the W&B project
     max_minutes: float | None = None  # stop, saved, when so many minutes have passed; the same again goes on
+    num_processes: int = 1  # that train together, each on a GPU of its own where there are any; 2 on Kaggle's T4 x2
     deterministic: bool = False  # on a GPU: the same bits in every run, for some speed; a CPU always does so
 
 
@@ -91,7 +92,7 @@ def resolve(settings: Settings) -> Settings:
                 raise SettingsError(f"{settings.init}: expected {name} {getattr(settings, name)}, found {known[name]}")
     known |= {"epochs": stage.epochs, "lr": stage.lr}
     settings = replace(settings, **{key: value for key, value in known.items() if getattr(settings, key) is None})
-    for name in ("epochs", "batch_size", "lr", "max_minutes"):
+    for name in ("epochs", "batch_size", "lr", "max_minutes", "num_processes"):
         if not (getattr(settings, name) is None or 0 < getattr(settings, name) < math.inf):  # also true of NaN
             raise SettingsError(f"{name}: expected more than 0, found {getattr(settings, name)}")
     for name in ("weight_decay", "seed"):
@@ -107,3 +108,17 @@ def resolve(settings: Settings) -> Settings:
         if getattr(settings, name) not in choices:
             raise SettingsError(f"{name}: expected one of {', '.join(choices)}; found {getattr(settings, name)!r}")
     return settings
+
+
+def as_arguments(settings: Settings) -> list[str]:
+    """The arguments of `python -m unetseg train` that give these settings."""
+    arguments = [settings.stage]
+    for name, value in vars(settings).items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            arguments.append(flag)
+        elif isinstance(value, tuple):
+            arguments += [flag, *value]
+        elif value is not None and value is not False and name != "stage":
+            arguments.append(f"{flag}={value}")
+    return arguments

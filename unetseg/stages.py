@@ -4,8 +4,10 @@ import contextlib
 import hashlib
 import json
 import reprlib
+import statistics
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -17,20 +19,23 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import augment, checkpoint, device, engine, losses
+from . import augment, checkpoint, device, engine, losses, processes
 from .classes import ClassSet
 from .data import Batches, SegmentationSet, class_weights, instance_boxes, load_split
 from .files import exclusive, write_json
 from .inference import best_model, predictions, trained_model
-from .metrics import under_rule
+from .metrics import scores, under_rule
 from .model import UNet
 from .session import Session
-from .settings import STAGES, Settings, resolve
+from .settings import STAGES, Settings, as_arguments, resolve
 from .tracker import Tracker
 from .trainer import LossFn, Trainer, TrainingStopped
 
-# What may differ in a run that goes on: where data and weights lie (what they are may not), and when to stop.
-FREE = ("settings", "data", "init", "out", "project", "max_minutes")
+# What may differ in a run that goes on: where data and weights lie (what they are may not), how many train, until when.
+FREE = ("settings", "data", "init", "out", "project", "max_minutes", "num_processes")
+
+
+PICTURES = 4  # val images that W&B shows over time
 
 
 class OutOfTime(TrainingStopped):
@@ -103,26 +108,66 @@ def train(
 ) -> list[dict]:
     """Train one stage, or go on with it where it was interrupted; returns its history, one dict per epoch.
 
+    With settings.num_processes, or under torchrun, by several processes, each on a GPU of its own where there are any.
     train_set, val_set  from `load_sets`
     started             the time.monotonic() that settings.max_minutes count from (default: now); when they are over,
                         the history is shorter than settings.epochs, and the state is saved
     Raises ValueError when the run folder belongs to other settings or another process is at work in it,
     TrainingStopped when training cannot go on, OutOfTime before the first epoch.
     """
+    started = time.monotonic() if started is None else started
     settings, session = resolve(settings), Session(settings.max_minutes, started)
     run, identity = Path(settings.out), identify(settings, train_set, val_set)
-    config = claim(run, identity)
-    if config and len(history := recorded(run)) >= settings.epochs:
+    config = processes.from_first(partial(claim, run, identity))
+    if config and len(history := processes.from_first(partial(recorded, run))) >= settings.epochs:
         return history
-    with exclusive(run):
+    if settings.num_processes > 1 and processes.count() == 1:
+        history = train_together(settings, started)
+    else:
+        history = train_here(settings, train_set, val_set, identity, config, session)
+    if not history:
+        raise OutOfTime(f"{run}: no epoch was finished in {settings.max_minutes} minutes; the same again goes on")
+    return history
+
+
+def train_here(
+    settings: Settings,
+    train_set: SegmentationSet,
+    val_set: SegmentationSet,
+    identity: dict,
+    config: dict | None,
+    session: Session,
+) -> list[dict]:
+    """Train in this process, alone or as one of several; config is None for a new run."""
+    run = Path(settings.out)
+    with exclusive(run) if processes.is_first() else contextlib.nullcontext():
         device.be_deterministic(settings.deterministic)
         model = build_model(settings, train_set.class_set)
         if config is not None:
             warn_of_moving(config, model)
         else:
-            config = identity | describe(settings, train_set, val_set, model)
-            write_json(run / checkpoint.CONFIG, config)
-        return run_stage(settings, train_set, val_set, model, config, session)
+            config = processes.from_first(partial(begin_run, identity, settings, train_set, val_set, model))
+        return run_stage(settings, train_set, val_set, processes.synchronise(model), config, session)
+
+
+def train_together(settings: Settings, started: float) -> list[dict]:
+    """Train in settings.num_processes processes on this machine, started for it; returns the history."""
+    if settings.max_minutes is not None:
+        left = settings.max_minutes - (time.monotonic() - started) / 60
+        settings = replace(settings, max_minutes=max(left, 0.01))
+    status = processes.launch(settings.num_processes, ["train", *as_arguments(settings)])
+    if status:
+        raise TrainingStopped(f"{settings.out}: the training processes ended with exit status {status}; see above")
+    return recorded(Path(settings.out))
+
+
+def begin_run(
+    identity: dict, settings: Settings, train_set: SegmentationSet, val_set: SegmentationSet, model: nn.Module
+) -> dict:
+    """Write and return the config of a new run."""
+    config = identity | describe(settings, train_set, val_set, model)
+    write_json(Path(settings.out) / checkpoint.CONFIG, config)
+    return config
 
 
 def run_stage(
@@ -143,14 +188,13 @@ def run_stage(
     job = engine.Job(run, settings.epochs, train_set.class_set.names, settings.void, config)
     keeper, loss_fn = engine.Keeper(trainer, job, session), loss_function(settings, train_set, where)
     tracker = Tracker(settings.project, run, config)
+    log = partial(log_epoch, tracker=tracker, trainer=trainer, val_set=val_set, every=max(1, settings.epochs // 10))
     try:
-        history = engine.fit(keeper, loss_fn, train_batches, val_batches, tracker.epoch)
+        history = engine.fit(keeper, loss_fn, train_batches, val_batches, log)
         if len(history) == settings.epochs:
             log_best(run, val_set, settings.void, keeper.position.confusion, tracker)
     finally:
         tracker.finish()
-    if not history:
-        raise OutOfTime(f"{run}: no epoch was finished in {settings.max_minutes} minutes; the same again goes on")
     return history
 
 
@@ -166,12 +210,22 @@ def recorded(run: Path) -> list[dict]:
     return history
 
 
+def log_epoch(record: dict, tracker: Tracker, trainer: Trainer, val_set: SegmentationSet, every: int) -> None:
+    """Log an epoch and, of the first and every so many, what the network makes of the same few val images."""
+    pictures = None
+    if tracker.wanted and (record["epoch"] == 1 or record["epoch"] % every == 0):
+        pictures = *predictions(trainer.model, val_set, PICTURES, trainer.precision), val_set.class_set.names
+    tracker.epoch(record, pictures)
+
+
 def log_best(run: Path, val_set: SegmentationSet, void: str, confusion: Tensor, tracker: Tracker) -> None:
-    """Log the best weights, their confusion matrix on val, and four pictures."""
+    """Log the best weights, their scores and confusion matrix on val, and what they make of the same few images."""
     if tracker.wanted:
         model, metadata = best_model(run)
-        counts, names = under_rule(confusion.numpy(), void), val_set.class_set.names
-        tracker.best(predictions(model, val_set, 4), counts, names, run / checkpoint.WEIGHTS, metadata)
+        names = val_set.class_set.names
+        pictures = *predictions(model, val_set, PICTURES), names
+        counts, score = under_rule(confusion.numpy(), void), scores(confusion.numpy(), names, void)
+        tracker.best(pictures, counts, score, run / checkpoint.WEIGHTS, metadata)
 
 
 def identify(settings: Settings, train_set: SegmentationSet, val_set: SegmentationSet) -> dict:
@@ -225,6 +279,7 @@ def describe(settings: Settings, train_set: SegmentationSet, val_set: Segmentati
     return {
         **asdict(chosen),
         **{key: getattr(settings, key) for key in ("stage", "channels", "depth", "void", "seed")},
+        "init_stage": checkpoint.load_weights(Path(settings.init))[1]["stage"] if settings.init else None,
         "train_images": len(train_set),
         "val_images": len(val_set),
         "train_note": train_set.split.note,
@@ -261,5 +316,18 @@ def forecast(settings: Settings, train_set: SegmentationSet, val_set: Segmentati
     """Seconds that training will take here, from a few measured steps; an evaluated image counts a third."""
     model = build_model(settings, train_set.class_set)
     chosen = choose(replace(settings, compile="no"), train_set, model)
-    per_image = device.seconds_per_image(model, train_set.size, chosen)
-    return settings.epochs * (len(train_set) + len(val_set) / 3) * per_image
+    return settings.epochs * (len(train_set) + len(val_set) / 3) * seconds_per_image(model, train_set.size, chosen)
+
+
+def seconds_per_image(model: nn.Module, size: tuple[int, int], chosen: device.Choice) -> float:
+    """Seconds of training per image: the median of twenty measured steps, which train the model."""
+    trainer = Trainer(model, 100, 1e-4, 0.0, chosen.precision, chosen.memory_format)
+    images = torch.rand(8, 3, *reversed(size), device=trainer.device)
+    masks = torch.randint(0, 2, (8, *reversed(size)), device=trainer.device)
+    model.train()
+    seconds = []
+    for _ in range(22):  # the first two are to warm up
+        start = time.perf_counter()
+        trainer.step(images, masks, losses.cross_entropy)[0].item()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[2:]) / len(images)

@@ -29,9 +29,9 @@ class Tracker:
             with ctrl_c_for_us_alone():
                 self.process.start()
 
-    def epoch(self, record: dict) -> None:
-        """Log a row of history with its per-class IoU."""
-        self._hand_over("epoch", record)
+    def epoch(self, record: dict, pictures: tuple | None = None) -> None:
+        """Log a row of history with its scores and, where there are some, pictures, as `Mirror.epoch` takes them."""
+        self._hand_over("epoch", record, pictures)
 
     def best(self, *values: object) -> None:
         """Log the best weights and what they do, as `Mirror.best` takes it."""

@@ -1,7 +1,10 @@
 """Weights & Biases as a mirror of the run: never a prompt, never a hang, never a reason to stop."""
 
+import contextlib
+import hashlib
 import netrc
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -80,11 +83,16 @@ class Mirror:
         settings = wandb.Settings(
             silent=True, console="off", disable_git=True, save_code=False, x_stats_pid=os.getppid()
         )
-        names = {"name": f"{run.parent.name}-{run.name}", "group": run.parent.name or None, "job_type": config["stage"]}
+        names = {"name": f"{run.name}-seed{config['seed']}", "group": run.parent.name, "job_type": config["stage"]}
+        names |= {"id": run_id(run), "resume": "allow"}
         started = wandb.init(project=project, dir=str(run), mode=mode, config=config, settings=settings, **names)
         started.define_metric("epoch")
         started.define_metric("*", step_metric="epoch")
-        started.define_metric("val/miou", step_metric="epoch", summary="max")
+        for name in ("val/miou", "val/accuracy"):
+            started.define_metric(name, step_metric="epoch", summary="max")
+        if mode == "online" and config.get("init_sha256"):
+            with contextlib.suppress(Exception):  # the parent was logged elsewhere, or offline
+                started.use_artifact(f"unet-{config['init_stage']}:{alias(config['init_sha256'])}")
         return started
 
     def check_server(self) -> None:
@@ -93,51 +101,66 @@ class Mirror:
         if refusal:
             raise ServerGone(refusal)
 
-    def epoch(self, record: dict) -> None:
-        """Log a row of history with its per-class IoU."""
-        values = {"epoch": record["epoch"], "lr": record["lr"], "images_per_second": record["images_per_second"]}
-        values |= {"train/skipped_steps": record["skipped"]}
+    def epoch(self, record: dict, pictures: tuple | None = None) -> None:
+        """Log a row of history with its scores and, where there are some, pictures (images, masks, preds, names)."""
+        values = {"epoch": record["epoch"]}
+        values |= {f"train/{key}": record[key] for key in ("lr", "images_per_second", "skipped_steps")}
         values |= {"train/loss": record["train_loss"], "val/loss": record["val_loss"], "val/miou": record["val_miou"]}
-        classes = record["scores"]["classes"].items()
-        self.run.log(values | {f"val/iou/{name}": s["iou"] for name, s in classes if s["iou"] is not None})
+        values |= {"train/gpu_gibibytes": record["gpu_gibibytes"], "val/accuracy": record["scores"]["accuracy"]}
+        values |= {f"val/iou/{name}": of["iou"] for name, of in record["scores"]["classes"].items()}
+        if pictures:
+            values["val/pictures"] = overlays(*pictures)
+        self.run.log({key: value for key, value in values.items() if value is not None})
 
-    def best(
-        self, pictures: tuple, confusion: np.ndarray, names: tuple[str, ...], weights: Path, metadata: dict[str, str]
-    ) -> None:
-        """Log pictures (images, masks, preds), a confusion matrix, and the weights that they come from.
+    def best(self, pictures: tuple, confusion: np.ndarray, scores: dict, weights: Path, metadata: dict) -> None:
+        """Log what the best weights do, and the weights: pictures (images, masks, preds, names), confusion and scores.
 
+        confusion  (C, C) pixel counts, truth x prediction
         Not to a server that has gone: W&B would wait for it.
         """
         self.check_server()
-        self.pictures(*pictures, names)
-        self.confusion(confusion, names)
-        self.model(weights, metadata)
-
-    def pictures(self, images: np.ndarray, masks: np.ndarray, preds: np.ndarray, names: tuple[str, ...]) -> None:
-        """Log images (N, H, W, 3) uint8 with truth and prediction (N, H, W) as W&B's mask overlays."""
-        labels = dict(enumerate(names)) | {IGNORE_INDEX: "void"}
-        pictures = []
-        for image, mask, pred in zip(images, masks, preds, strict=True):
-            layers = {"truth": mask, "prediction": pred}
-            overlays = {key: {"mask_data": value, "class_labels": labels} for key, value in layers.items()}
-            pictures.append(wandb.Image(image, masks=overlays, file_type="jpg"))
-        self.run.log({"val/pictures": pictures})
-
-    def confusion(self, confusion: np.ndarray, names: tuple[str, ...]) -> None:
-        """Log a (C, C) matrix of pixel counts, truth x prediction."""
+        names = pictures[-1]
         rows = [[names[t], names[p], int(confusion[t, p])] for t, p in np.ndindex(confusion.shape)]
-        table = wandb.Table(columns=["Actual", "Predicted", "nPredictions"], data=rows)
-        fields = {key: key for key in table.columns}
-        preset = "wandb/confusion_matrix/v1"
-        self.run.log({"val/confusion": wandb.plot_table(preset, table, fields, {"title": "val"})})
-
-    def model(self, weights: Path, metadata: dict[str, str]) -> None:
-        """Log the best weights as an artifact."""
+        counts = wandb.Table(columns=["Actual", "Predicted", "nPredictions"], data=rows)
+        fields, preset = {key: key for key in counts.columns}, "wandb/confusion_matrix/v1"
+        columns = ("iou", "precision", "recall", "f1")
+        rows = [[name, *(of[key] for key in columns)] for name, of in scores["classes"].items()]
+        self.run.log(
+            {
+                "best/pictures": overlays(*pictures),
+                "best/confusion": wandb.plot_table(preset, counts, fields, {"title": "val, pixels"}),
+                "best/classes": wandb.Table(columns=["class", *columns], data=rows),
+            }
+        )
         artifact = wandb.Artifact(f"unet-{metadata['stage']}", type="model", metadata=metadata)
         artifact.add_file(str(weights))
-        self.run.log_artifact(artifact, aliases=["best"])
+        self.run.log_artifact(artifact, aliases=["best", alias(hashlib.sha256(weights.read_bytes()).hexdigest())])
 
     def finish(self) -> None:
         """End the W&B run."""
         self.check_server()
         self.run.finish()
+
+
+def overlays(images: np.ndarray, masks: np.ndarray, preds: np.ndarray, names: tuple[str, ...]) -> list:
+    """Images (N, H, W, 3) uint8 with truth and prediction (N, H, W) as W&B's mask overlays."""
+    labels = dict(enumerate(names)) | {IGNORE_INDEX: "void"}
+    pictures = []
+    for image, mask, pred in zip(images, masks, preds, strict=True):
+        layers = {"truth": mask, "prediction": pred}
+        layers = {key: {"mask_data": value, "class_labels": labels} for key, value in layers.items()}
+        pictures.append(wandb.Image(image, masks=layers, file_type="jpg"))
+    return pictures
+
+
+def alias(sha256: str) -> str:
+    """The alias by which the artifact with these weights is found again."""
+    return f"sha-{sha256[:12]}"
+
+
+def run_id(run: Path) -> str:
+    """The W&B id of a run folder, the same whenever its training goes on."""
+    path = run / "wandb_id.txt"
+    if not path.is_file():
+        path.write_text(secrets.token_hex(4))
+    return path.read_text().strip()

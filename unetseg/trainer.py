@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import memory
+from . import memory, processes
 from .device import FORMATS, autocast
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
@@ -84,6 +84,7 @@ class Trainer:
     def step(self, images: Tensor, masks: Tensor, loss_fn: LossFn) -> tuple[Tensor, Tensor]:
         """One update; returns the loss, and whether it and the gradient were finite, both () and still on the device.
 
+        With several processes each gives its part of the batch; loss and update are those of the whole batch.
         Where they were not, weights, optimiser and BatchNorm's statistics stay as they were; the schedule moves on.
         """
         before = [buffer.clone() for buffer in self.statistics]
@@ -110,6 +111,8 @@ class Trainer:
                     raise
                 reason = str(error).partition("\n")[0][:200]  # not the error: it would keep the tensors alive
             largest = min(self.part, len(images))
+            if processes.count() > 1:
+                raise TrainingStopped(f"out of memory ({reason}); choose a smaller batch, or more processes")
             if largest == 1:
                 smaller = "choose fewer channels or smaller images"
                 raise TrainingStopped(f"out of memory with one image at a time ({reason}); {smaller}")
@@ -133,6 +136,8 @@ class Trainer:
         if self.part >= len(images):
             self.shape = self.shape or images.shape  # an epoch's last, smaller batch is not worth compiling for
             model = self.compiled if images.shape == self.shape else self.model
+            if processes.count() > 1:
+                return self._backward_together(model, images, masks, loss_fn)
             loss = loss_fn(forward(model, images, self.precision), masks)
             self.scaler.scale(loss).backward()
             return loss.detach()
@@ -143,6 +148,24 @@ class Trainer:
         self._restore(statistics)  # the second time through counts
         for part, gradient in zip(images.split(self.part), logits.grad.split(self.part)):
             forward(self.model, part, self.precision).backward(gradient)
+        return loss.detach()
+
+    def _backward_together(self, model: nn.Module, images: Tensor, masks: Tensor, loss_fn: LossFn) -> Tensor:
+        """Gradients of the loss over the whole batch, of which each process has a part; returns the loss.
+
+        Every process takes the loss on the logits of all, and sends its own part of the gradient back through its
+        network; the sum over the processes is the gradient. BatchNorm's statistics are those of one common BatchNorm
+        on GPUs, and the mean of the processes' own on CPUs.
+        """
+        logits = forward(model, images, self.precision)
+        everyone, truth = processes.gather_batch(logits.detach(), masks)
+        loss = loss_fn(everyone.requires_grad_(), truth)
+        self.scaler.scale(loss).backward()
+        logits.backward(processes.own(everyone.grad))
+        shared = [weight.grad for weight in self.model.parameters()]
+        if not images.is_cuda:
+            shared += [buffer.div_(processes.count()) for buffer in self.statistics]
+        processes.add_up(shared)
         return loss.detach()
 
     def _restore(self, statistics: list[Tensor]) -> None:

@@ -1,0 +1,134 @@
+"""Where a notebook finds itself: what is attached to it (on Kaggle, below /kaggle/input), and what is to be made."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from . import checkpoint
+from .files import read_json
+from .raw import find_layout
+from .scenes import draw_dataset
+from .settings import STAGES, Settings
+
+KAGGLE = Path("/kaggle")
+DEEPEST = 5  # folders below /kaggle/input that are looked into: datasets/<owner>/<slug>/<two more>
+SCRIPT = Path(__file__).resolve().parents[1] / "preprocessing" / "image_segmentation_preprocessing.py"
+DRAWN = {"train": 64, "val": 40}
+
+
+def settle(settings: Settings) -> Settings:
+    """The same settings with data that are there; says what was found, and makes what is missing.
+
+    data="auto" becomes the folder `processed` beside the run folder, if there is one; else an attached processed
+    folder; else what preprocessing makes, beside the run folder, of attached raw data or, with none, of drawn scenes.
+    Attached runs, of an earlier session or another notebook, are copied beside the run folder, where there is none of
+    that stage, to go on with or to start from. A W&B key among Kaggle's secrets is put into the environment.
+    """
+    take_key()
+    home = Path(settings.out).parent
+    bring_runs(home)
+    if settings.data == "auto":
+        settings = replace(settings, data=str(find_data(home)))
+    return settings
+
+
+def take_key() -> None:
+    """Put the secret WANDB_API_KEY of a Kaggle notebook into the environment, if it is attached."""
+    if "WANDB_API_KEY" in os.environ or not KAGGLE.is_dir():
+        return
+    try:
+        from kaggle_secrets import UserSecretsClient  # only there
+
+        os.environ["WANDB_API_KEY"] = UserSecretsClient().get_secret("WANDB_API_KEY")
+        print("W&B: the key comes from Kaggle's secrets")
+    except Exception as error:  # kaggle_secrets names no common base; without a key runs are logged offline
+        print(f"W&B: no secret WANDB_API_KEY ({type(error).__name__}), logging offline")
+
+
+def attached() -> Iterator[Path]:
+    """The folders below /kaggle/input, the upper ones first; none elsewhere."""
+    level = [KAGGLE / "input"]
+    for _ in range(DEEPEST):
+        level = [path for folder in level if folder.is_dir() for path in _subfolders(folder)]
+        yield from level
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    """Those of a data set's inside are left out: there are thousands of files in them."""
+    if folder.name in ("images_processed", "masks_processed", "leftImg8bit", "gtFine", "wandb"):
+        return []
+    try:
+        return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
+    except OSError:
+        return []
+
+
+def bring_runs(home: Path) -> None:
+    """Copy attached runs into `home`, of each stage that is not there the one that has come furthest."""
+    found: dict[str, list[Path]] = {}
+    for folder in attached():
+        if (folder / checkpoint.CONFIG).is_file() and (folder / checkpoint.WEIGHTS).is_file():
+            found.setdefault(read_json(folder / checkpoint.CONFIG).get("stage"), []).append(folder)
+    for stage in found.keys() & STAGES.keys():
+        if not (home / stage).exists():
+            furthest = max(found[stage], key=lambda run: len(checkpoint.read_history(run)))
+            unfinished = home / f".{stage}.copying"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.copytree(furthest, unfinished, ignore=shutil.ignore_patterns("wandb", ".*"))
+            for path in [unfinished, *unfinished.rglob("*")]:
+                path.chmod(
+                    path.stat().st_mode | 0o600 | (0o100 if path.is_dir() else 0)
+                )  # what is attached is read-only
+            unfinished.rename(home / stage)
+            print(f"{home / stage}: {len(checkpoint.read_history(furthest))} epochs, copied from {furthest}")
+
+
+def find_data(home: Path) -> Path:
+    """The processed folder of data="auto"."""
+    processed = home / "processed"
+    if (processed / "stats_train.json").is_file():
+        print(f"data: {processed}, made before")
+        return processed
+    folders = list(attached())
+    for folder in folders:
+        if (folder / "stats_train.json").is_file() and (folder / "images_processed").is_dir():
+            print(f"data: {folder}, attached")
+            return folder
+    raw, size = find_raw(folders, home), "256"
+    if raw is None:
+        raw, size = home / "scenes", "192x96"
+        print(f"data: nothing is attached, so street scenes are drawn into {raw}")
+        draw_dataset(raw, DRAWN)
+    status = preprocess(raw, processed, size)
+    if status and not (processed / "stats_train.json").is_file():
+        raise ValueError(f"{raw}: expected data that can be preprocessed; see above")
+    print(f"data: {processed}, made from {raw}")
+    return processed
+
+
+def find_raw(folders: list[Path], home: Path) -> Path | None:
+    """The raw data set among the folders; Cityscapes' two archives, unpacked side by side, are linked into one."""
+    for folder in folders:
+        try:
+            find_layout(folder)
+            return folder
+        except ValueError:
+            continue
+    parts = {name: next((f for f in folders if f.name == name), None) for name in ("leftImg8bit", "gtFine")}
+    if None in parts.values():
+        return None
+    (home / "raw").mkdir(parents=True, exist_ok=True)
+    for name, folder in parts.items():
+        if not (home / "raw" / name).exists():
+            (home / "raw" / name).symlink_to(folder)
+    return home / "raw"
+
+
+def preprocess(raw: Path, processed: Path, size: str) -> int:
+    """Run the preprocessing script; returns its exit status."""
+    command = [sys.executable, SCRIPT, "--data_dir", raw, "--output_dir", processed, "--size", size]
+    return subprocess.run([str(part) for part in command], check=False).returncode
