@@ -1,5 +1,6 @@
 """W&B as it is with no account, a wrong key, and servers that refuse, hang, drop the line or vanish."""
 
+import hashlib
 import json
 import os
 import signal
@@ -10,15 +11,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+import wandb_file
 
 from unetseg.tracker import Tracker
 from unetseg.tracking import Mirror, choose_mode
 
 NAMES = ("road", "person")
 RECORD = {"epoch": 1, "lr": 1e-3, "images_per_second": 9.0, "train_loss": 1.0, "val_loss": 1.1, "val_miou": 0.4}
-RECORD |= {"skipped": 0, "scores": {"classes": {"road": {"iou": 0.6}, "person": {"iou": None}}}}
+SCORES = {"road": dict.fromkeys(("iou", "precision", "recall", "f1"), 0.6)}
+SCORES = {"accuracy": 0.7, "classes": SCORES | {"person": dict.fromkeys(("iou", "precision", "recall", "f1"))}}
+RECORD |= {"skipped_steps": 0, "gpu_gibibytes": None, "scores": SCORES}
+CONFIG = {"stage": "scratch", "seed": 3, "init_sha256": None}
 IDS = np.stack([np.zeros((8, 8)), np.eye(8)]).astype(np.uint8)
-PICTURES = np.stack([IDS * 255] * 3, axis=-1), IDS, 1 - IDS
+PICTURES = np.stack([IDS * 255] * 3, axis=-1), IDS, 1 - IDS, NAMES
 KEY = "5ec7e7" * 6 + "0000"
 
 
@@ -73,6 +78,7 @@ def server(no_account, monkeypatch, request):
     yield server
     server.over.set()
     server.shutdown()
+    server.server_close()
 
 
 def logged(run):
@@ -108,7 +114,7 @@ def test_a_server_that_cannot_be_used_means_offline(server, said, monkeypatch):
 def test_a_run_goes_through_with_one_warning_whatever_the_server_does(server, tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        tracker = Tracker("test", tmp_path / "run", {"stage": "scratch"})
+        tracker = Tracker("test", tmp_path / "run", CONFIG)
         tracker.epoch(RECORD)
         tracker.finish()
     assert len(caught) == 1 and "logging offline" in str(caught[0].message) and KEY not in str(caught[0].message)
@@ -118,39 +124,65 @@ def test_a_run_goes_through_with_one_warning_whatever_the_server_does(server, tm
 @pytest.mark.parametrize("server", ["ok"], indirect=True)
 @pytest.mark.parametrize("then", ["hang", "drop"])
 def test_a_network_that_goes_in_the_middle_holds_nothing_up(server, then, tmp_path):
-    tracker = Tracker("test", tmp_path / "run", {"stage": "scratch"})
+    tracker = Tracker("test", tmp_path / "run", CONFIG)
     assert tracker.started.wait(60)
     tracker.epoch(RECORD)
     server.how = then
     tracker.epoch(RECORD | {"epoch": 2})
     start = time.monotonic()
     with pytest.warns(UserWarning, match="does not answer; `wandb sync` uploads later") as caught:
-        tracker.best(PICTURES, np.eye(2), NAMES, tmp_path / "none", {"stage": "scratch"})
+        tracker.best(PICTURES, np.eye(2), SCORES, tmp_path / "none", {"stage": "scratch"})
         tracker.finish()
     assert len(caught) == 1 and time.monotonic() - start < 60 and not tracker.process.is_alive()
     assert b"val/miou" in logged(tmp_path / "run") and KEY.encode() not in logged(tmp_path / "run")
 
 
-def test_everything_is_logged_offline(no_account, tmp_path):
-    run = tmp_path / "home" / "scratch"
-    mirror = Mirror("test", run, {"stage": "scratch", "lr": 1e-3}, pytest.fail)
-    mirror.epoch(RECORD)
+def test_what_was_logged_is_read_back_from_the_offline_file(no_account, tmp_path):
+    """Grouped names, pictures with their classes, confusion, table per class, artifact with aliases, lineage's key."""
+    run = tmp_path / "home" / "weighted_ce"
+    config = CONFIG | {"stage": "weighted_ce", "init_sha256": "ab" * 32, "init_stage": "scratch"}
+    mirror = Mirror("test", run, config, pytest.fail)
+    mirror.epoch(RECORD | {"gpu_gibibytes": 1.5}, PICTURES)
+    mirror.epoch(RECORD | {"epoch": 2, "val_miou": 0.3})
     (run / "model.safetensors").write_bytes(b"weights")
-    mirror.best(PICTURES, np.array([[5, 1], [2, 3]]), NAMES, run / "model.safetensors", {"stage": "scratch"})
-    assert dict(mirror.run.config) == {"stage": "scratch", "lr": 1e-3}
-    summary = dict(mirror.run.summary)
+    mirror.best(PICTURES, np.array([[5, 1], [2, 3]]), SCORES, run / "model.safetensors", {"stage": "weighted_ce"})
     mirror.finish()
-    assert summary["val/iou/road"] == 0.6 and "val/iou/person" not in summary and summary["train/loss"] == 1.0
-    (folder,) = (run / "wandb").glob("offline-run-*")
-    media = [path.name for path in folder.rglob("*.*") if "media" in path.parts]
-    assert sum(name.endswith(".jpg") for name in media) == 2 and sum(name.endswith(".mask.png") for name in media) == 4
-    assert not [path for path in (run / "wandb").rglob("*") if path.suffix in (".py", ".ipynb", ".sh", ".env")]
-    (table,) = folder.rglob("*.table.json")
-    assert ["person", "road", 2] in json.loads(table.read_text())["data"]
+    (path,) = (run / "wandb").glob("offline-run-*/*.wandb")
+    first, second, best = (row for row in wandb_file.history(path) if set(row) - {"_step", "_runtime", "_timestamp"})
+    assert {key: first[key] for key in first if key[0] != "_" and key != "val/pictures"} == {
+        "epoch": 1, "train/loss": 1.0, "train/lr": 1e-3, "train/images_per_second": 9.0, "train/skipped_steps": 0,
+        "train/gpu_gibibytes": 1.5, "val/loss": 1.1, "val/miou": 0.4, "val/accuracy": 0.7, "val/iou/road": 0.6,
+    }  # fmt: skip
+    assert first["val/pictures"]["count"] == 2 and len(first["val/pictures"]["all_masks"]) == 2
+    assert second["epoch"] == 2 and "val/pictures" not in second and "train/gpu_gibibytes" not in second
+    assert {"best/pictures", "best/classes"} < set(best) and any(key.startswith("best/confusion") for key in best)
+    about = wandb_file.last(path, "run")
+    assert (about.run_group, about.job_type, about.display_name) == ("home", "weighted_ce", "weighted_ce-seed3")
+    assert {item.key: json.loads(item.value_json) for item in about.config.update}["init_sha256"] == "ab" * 32
+    artifact = wandb_file.last(path, "artifact")
+    sha = hashlib.sha256(b"weights").hexdigest()
+    assert artifact.name == "unet-weighted_ce" and set(artifact.aliases) == {"best", "latest", f"sha-{sha[:12]}"}
+    tables = [json.loads(table.read_text())["data"] for table in path.parent.rglob("*.table.json")]
+    assert any(["person", "road", 2] in rows for rows in tables)
+    assert any(["road", 0.6, 0.6, 0.6, 0.6] in rows and ["person", *[None] * 4] in rows for rows in tables)
+    media = [file.name for file in path.parent.rglob("*.*") if "media" in file.parts]
+    assert sum(name.endswith(".jpg") for name in media) == 4 and sum(name.endswith(".mask.png") for name in media) == 8
+    assert not [file for file in (run / "wandb").rglob("*") if file.suffix in (".py", ".ipynb", ".sh", ".env")]
+
+
+def test_a_run_that_goes_on_is_the_same_run_to_wandb(no_account, tmp_path):
+    for epoch in (1, 2):
+        mirror = Mirror("test", tmp_path / "run", CONFIG, pytest.fail)
+        mirror.epoch(RECORD | {"epoch": epoch})
+        mirror.finish()
+        time.sleep(1.1)  # W&B names folders by the second
+    paths = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(paths) == 2 and len({wandb_file.last(path, "run").run_id for path in paths}) == 1
+    assert [row["epoch"] for path in paths for row in wandb_file.history(path) if "epoch" in row] == [1, 2]
 
 
 def test_a_tracker_logs_from_its_own_process(no_account, tmp_path):
-    tracker = Tracker("test", tmp_path / "run", {"stage": "scratch"})
+    tracker = Tracker("test", tmp_path / "run", CONFIG)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tracker.epoch(RECORD)
@@ -165,7 +197,7 @@ def test_a_run_that_cannot_start_stops_nothing(no_account, monkeypatch, tmp_path
     else:
         (tmp_path / "file").touch()
     with pytest.warns(UserWarning, match="logging stopped") as caught:
-        tracker = Tracker("test", tmp_path / "file" / "run", {"stage": "scratch"})
+        tracker = Tracker("test", tmp_path / "file" / "run", CONFIG)
         tracker.epoch(RECORD)
         tracker.finish()
     assert len(caught) == 1
@@ -174,7 +206,7 @@ def test_a_run_that_cannot_start_stops_nothing(no_account, monkeypatch, tmp_path
 def test_a_folder_that_takes_no_writing_stops_nothing(no_account, tmp_path):
     """A file where W&B's folder should be: not even the administrator can write into that."""
     (tmp_path / "wandb").touch()
-    tracker = Tracker("test", tmp_path, {"stage": "scratch"})
+    tracker = Tracker("test", tmp_path, CONFIG)
     tracker.epoch(RECORD)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -183,7 +215,7 @@ def test_a_folder_that_takes_no_writing_stops_nothing(no_account, tmp_path):
 
 
 def test_a_killed_tracker_stops_nothing(no_account, tmp_path):
-    tracker = Tracker("test", tmp_path / "run", {"stage": "scratch"})
+    tracker = Tracker("test", tmp_path / "run", CONFIG)
     assert tracker.started.wait(60)
     os.kill(tracker.process.pid, signal.SIGKILL)
     tracker.process.join()

@@ -1,0 +1,52 @@
+"""Preprocessing on a real local Dask cluster of two workers, one of which is killed in the middle."""
+
+import os
+import signal
+import threading
+import time
+
+import image_segmentation_preprocessing as preprocessing
+import pytest
+from distributed import Client, LocalCluster
+
+from unetseg import scenes
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster:
+        yield cluster
+
+
+def tree(folder):
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_a_cluster_gives_the_same_bytes_though_a_worker_is_killed(cluster, tmp_path):
+    scenes.draw_dataset(tmp_path / "raw", {"train": 120, "val": 4}, (256, 128), seed=1)
+    command = ["--data_dir", str(tmp_path / "raw"), "--size", "64x32", "--log_level", "ERROR"]
+    assert preprocessing.main([*command, "--output_dir", str(tmp_path / "here"), "--workers", "2"]) == 0
+    with Client(cluster) as client:
+        pids = list(client.run(os.getpid).values())
+    done, killed = tmp_path / "there" / "masks_processed" / "train", []
+
+    def kill_one_midway():
+        while len(list(done.glob("*.png"))) < 10:
+            time.sleep(0.002)
+        os.kill(pids[0], signal.SIGKILL)
+        killed.append(len(list(done.glob("*.png"))))
+
+    killer = threading.Thread(target=kill_one_midway)
+    killer.start()
+    there = ["--output_dir", str(tmp_path / "there"), "--dask", cluster.scheduler_address]
+    assert preprocessing.main([*command, *there]) == 0
+    killer.join(10)
+    assert killed and killed[0] < 120  # it was in the middle
+    assert tree(tmp_path / "there") == tree(tmp_path / "here")
+
+
+def test_an_address_where_nobody_answers(tmp_path, raw, caplog, monkeypatch):
+    monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT", "1s")
+    command = ["--data_dir", str(raw), "--output_dir", str(tmp_path), "--dask", "tcp://127.0.0.1:9"]
+    assert preprocessing.main(command) == 1
