@@ -174,7 +174,7 @@ def save_mask(path: Path, mask: np.ndarray, record: Record, origin: dict) -> Non
 
 @contextmanager
 def open_pool(workers: int, dask: str | None) -> Iterator[Executor]:
-    """Worker processes here, or those of a Dask cluster, which must see the same files under the same paths."""
+    """Worker processes here, or those of a Dask cluster, whose machines have data and code under the same paths."""
     if dask is None:
         with worker_pool(workers) as pool:
             yield pool
@@ -188,9 +188,11 @@ def open_pool(workers: int, dask: str | None) -> Iterator[Executor]:
         """Lets each worker, also one that replaces a dead one, find this code."""
 
         def setup(self, worker: object) -> None:
-            sys.path[:0] = [str(folder) for folder in PLACES]
+            exec(find_code)
 
+    find_code = f"import sys; sys.path[:0] = {[str(folder) for folder in PLACES]}"
     with Client(dask) as client:
+        client.run_on_scheduler(exec, find_code)  # it unpacks the tasks that it passes on
         client.register_plugin(Paths())
         try:
             yield client.get_executor(pure=False)
@@ -358,6 +360,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Process every split; returns the number of files left out."""
+    if args.dask:  # the workers have been started elsewhere
+        args.data_dir, args.output_dir = args.data_dir.absolute(), args.output_dir.absolute()
     layout = find_layout(args.data_dir)
     settings = Settings(args.classes or DEFAULT_CLASSES[layout], args.size, args.dtype)
     if CLASS_SETS[settings.class_set].layout != layout:

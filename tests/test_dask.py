@@ -23,7 +23,7 @@ def tree(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_a_cluster_gives_the_same_bytes_though_a_worker_is_killed(cluster, tmp_path):
+def test_a_cluster_gives_the_same_bytes_though_a_worker_is_killed(cluster, tmp_path, monkeypatch):
     scenes.draw_dataset(tmp_path / "raw", {"train": 120, "val": 4}, (256, 128), seed=1)
     command = ["--data_dir", str(tmp_path / "raw"), "--size", "64x32", "--log_level", "ERROR"]
     assert preprocessing.main([*command, "--output_dir", str(tmp_path / "here"), "--workers", "2"]) == 0
@@ -39,7 +39,8 @@ def test_a_cluster_gives_the_same_bytes_though_a_worker_is_killed(cluster, tmp_p
 
     killer = threading.Thread(target=kill_one_midway)
     killer.start()
-    there = ["--output_dir", str(tmp_path / "there"), "--dask", cluster.scheduler_address]
+    monkeypatch.chdir(tmp_path)  # where the workers are not
+    there = ["--output_dir", "there", "--dask", cluster.scheduler_address]
     assert preprocessing.main([*command, *there]) == 0
     killer.join(10)
     assert killed and killed[0] < 120  # it was in the middle
