@@ -8,7 +8,7 @@ QUICK ?= $(if $(DATA),0,1)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: run test lint report notebooks bench clean
+.PHONY: run test lint report notebooks html bench clean
 
 run: .venv/installed
 	@$(BIN)/python notebooks/run_all.py --out "$(OUT)" $(if $(DATA),--data "$(DATA)") $(if $(filter-out 0,$(QUICK)),--quick)
@@ -27,6 +27,10 @@ report: .venv/installed
 # Execute the committed notebooks again, on drawn scenes, and keep their outputs.
 notebooks: .venv/installed
 	$(BIN)/python notebooks/run_all.py --out runs --quick --update
+
+# The executed notebooks as pages that need neither Jupyter nor W&B; with FROM=FOLDER, those of a run (runs/x/notebooks).
+html: .venv/installed
+	$(BIN)/python notebooks/render.py --out "$(OUT)/html" $(if $(FROM),"$(FROM)"/*.ipynb)
 
 # The shorter benchmarks, about ten minutes on two cores; the README's table. See benchmarks/ for those that take longer.
 bench: .venv/installed-dev

@@ -1,0 +1,62 @@
+"""`make html`: the executed notebooks as pages that need nothing else."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import render
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    out = tmp_path_factory.mktemp("html")
+    subprocess.run([sys.executable, ROOT / "notebooks" / "render.py", "--out", out], check=True, capture_output=True)
+    return out
+
+
+def test_there_is_a_page_for_each_notebook_that_loads_nothing(pages):
+    assert sorted(page.stem for page in pages.iterdir()) == NAMES and len(NAMES) == 3
+    for page in pages.iterdir():
+        text = page.read_text(encoding="utf-8")
+        assert "<script" not in text and "mIoU" in text
+        loaded = re.findall(r"<(?:img|link|iframe|source)\b[^>]*?\b(?:src|href)=[\"']([^\"']{,40})", text)
+        assert loaded and all(source.startswith("data:") for source in loaded)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_browser_shows_it(pages, name, tmp_path):
+    browser = next(
+        (found for n in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(n))), None
+    )
+    if browser is None:
+        pytest.skip("needs Chromium to look at the pages")
+    # a browser that cannot reach anything: whatever the page still asked for would be missing
+    quiet = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--proxy-server=127.0.0.1:9",
+        f"--user-data-dir={tmp_path}",
+    ]
+    picture, page = tmp_path / "page.png", (pages / f"{name}.html").as_uri()
+    shot = [browser, *quiet, "--window-size=1200,9000", "--hide-scrollbars", f"--screenshot={picture}", page]
+    subprocess.run(shot, check=True, capture_output=True, timeout=120)
+    with Image.open(picture) as image:
+        assert image.size == (1200, 9000)
+        colours = image.convert("RGB").reduce(20).getcolors(10**6)
+    assert len(colours) > 500  # pictures and curves, not text alone
+    document = subprocess.run([browser, *quiet, "--dump-dom", page], check=True, capture_output=True, timeout=120)
+    assert document.stdout.decode().count("<img") >= 4
+
+
+def test_other_notebooks_on_request(tmp_path, monkeypatch):
+    given = ROOT / "notebooks" / f"{NAMES[0]}.ipynb"
+    monkeypatch.setattr(sys, "argv", ["render.py", str(given), "--out", str(tmp_path / "deep" / "er")])
+    assert render.main() == 0 and [page.stem for page in (tmp_path / "deep" / "er").iterdir()] == [NAMES[0]]
