@@ -1,0 +1,222 @@
+"""The notebooks in a copy of Kaggle: its folders, environment and secrets; and the metadata to push them with."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import execute
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from unetseg import checkpoint, place, stages
+from unetseg.session import Session
+
+ROOT = Path(__file__).resolve().parents[1]
+SECRETS = """
+class UserSecretsClient:
+    def get_secret(self, label):
+        if label != "WANDB_API_KEY":
+            raise Exception("No user secrets exist for kernel id 1 and label " + label)
+        return "5ec7e7" * 6 + "0000"
+"""
+TINY = {"channels": 4, "depth": 2, "epochs": 1}
+RUNS = ["scratch", "weighted_ce", "ce_dice"]
+
+
+def code(target):
+    """What a user uploads of this repository."""
+    listed = subprocess.check_output(["git", "-C", ROOT, "ls-files", "unetseg", "preprocessing"], text=True)
+    for name in listed.splitlines():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, target / name)
+
+
+def contents(folder):
+    return {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def make_read_only(folder):
+    for path in [*folder.rglob("*"), folder]:
+        path.chmod(path.stat().st_mode & 0o555)
+
+
+@pytest.fixture(scope="module")
+def kaggle(tmp_path_factory):
+    """/kaggle with input and working, for as long as this module's tests take."""
+    there, home = Path("/kaggle"), tmp_path_factory.mktemp("kaggle")
+    if there.exists() or there.is_symlink() or not os.access("/", os.W_OK):
+        pytest.skip("needs to make the folder /kaggle, and that there is none")
+    (home / "input").mkdir()
+    (home / "secrets").mkdir()
+    (home / "secrets" / "kaggle_secrets.py").write_text(SECRETS)
+    there.symlink_to(home)
+    yield home
+    there.unlink()
+    subprocess.run(["chmod", "-R", "u+w", home], check=True)
+
+
+def session(kaggle, name, monkeypatch, **settings):
+    """Run a notebook as one Kaggle session; returns it, executed, and what its cells said."""
+    shutil.rmtree(kaggle / "working", ignore_errors=True)
+    (kaggle / "working").mkdir()
+    before = contents(kaggle / "input")
+    facts = {"KAGGLE_KERNEL_RUN_TYPE": "Batch", "KAGGLE_URL_BASE": "https://www.kaggle.com"}
+    facts |= {"WANDB_BASE_URL": "http://127.0.0.1:9", "PYTHONPATH": str(kaggle / "secrets")}
+    for key, value in facts.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
+    execute.change_settings(notebook, settings)
+    place_of_it = {"metadata": {"path": "/kaggle/working"}}
+    NotebookClient(notebook, timeout=300, resources=place_of_it, extra_arguments=["--log-level=ERROR"]).execute()
+    assert contents(kaggle / "input") == before
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return "".join(output.get("text", "") for cell in cells for output in cell.outputs)
+
+
+def test_the_three_notebooks_one_session_each(kaggle, raw, monkeypatch):
+    """Code by the new kind of mount, raw data by the old one, then each notebook's output attached to the next."""
+    code(kaggle / "input" / "datasets" / "someone" / "unetseg")
+    shutil.copytree(raw, kaggle / "input" / "street-scenes")
+    make_read_only(kaggle / "input")
+    for stage in RUNS:
+        own = TINY if stage == "scratch" else {"epochs": 1}
+        said = session(kaggle, execute.NOTEBOOKS[stage], monkeypatch, **own)
+        runs = kaggle / "working" / "runs"
+        assert "the key comes from Kaggle's secrets" in said and "logging offline" in said
+        if stage == "scratch":
+            assert "made from /kaggle/input/street-scenes" in said and (runs / "processed").is_dir()
+        else:
+            assert "data: /kaggle/input/notebooks/me/scratch/runs/processed, attached" in said
+            assert "runs/scratch: 1 epochs, copied from /kaggle/input/notebooks/me/scratch/runs/scratch" in said
+            parent = stages.fingerprint(str(runs / "scratch"))
+            assert json.loads((runs / stage / "config.json").read_text())["init_sha256"] == parent
+        names = {path.name for path in (runs / stage).iterdir()}
+        assert names >= {"model.safetensors", "config.json", "history.csv", "state.pt", "results_test.json", "wandb"}
+        assert (runs / "pictures").is_dir() and {path.name for path in (kaggle / "working").iterdir()} == {"runs"}
+        (kaggle / "input").chmod(0o755)
+        shutil.copytree(kaggle / "working", kaggle / "input" / "notebooks" / "me" / stage)
+        make_read_only(kaggle / "input")
+    assert all(run in said for run in RUNS)  # the last one compares all three
+
+
+def test_nothing_attached_but_the_code(kaggle, monkeypatch):
+    subprocess.run(["chmod", "-R", "u+w", kaggle / "input"], check=True)
+    shutil.rmtree(kaggle / "input")
+    code(kaggle / "input" / "unetseg" / "unetseg-main")  # as a zip file from a website unpacks
+    said = session(kaggle, execute.NOTEBOOKS["scratch"], monkeypatch, **TINY)
+    assert "nothing is attached, so street scenes are drawn" in said and "train: all 64 train images" in said
+
+
+@pytest.fixture
+def mounts(tmp_path, monkeypatch):
+    monkeypatch.setattr(place, "KAGGLE", tmp_path / "kaggle")
+    (tmp_path / "kaggle" / "input").mkdir(parents=True)
+    return tmp_path / "kaggle" / "input"
+
+
+def test_an_earlier_session_is_gone_on_with(mounts, processed, tmp_path, monkeypatch):
+    """The output of a session that ended in the second epoch, attached read-only: same end as without the break."""
+    facts = {"channels": 4, "depth": 2, "epochs": 2, "batch_size": 4, "precision": "fp32"}
+    facts |= {"data": str(processed), "stage": "scratch"}
+    whole = stages.Settings(out=str(tmp_path / "whole" / "scratch"), **facts)
+    expected = stages.train(whole, *stages.load_sets(whole))
+    first = stages.Settings(out=str(mounts / "notebooks" / "me" / "unetseg" / "runs" / "scratch"), **facts)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Session, "over", lambda self, reserve: "time" if (Path(first.out) / "history.csv").exists() else ""
+        )
+        assert len(stages.train(first, *stages.load_sets(first))) == 1
+    make_read_only(mounts)
+    again = stages.Settings(out=str(tmp_path / "runs" / "scratch"), **facts)
+    again = place.settle(again)
+    history = stages.train(again, *stages.load_sets(again))
+    keys = ("epoch", "train_loss", "val_loss", "val_miou", "lr")
+    assert [[row[key] for key in keys] for row in history] == [[row[key] for key in keys] for row in expected]
+    ids = [(Path(run) / "wandb_id.txt").read_text() for run in (first.out, again.out)]
+    assert ids[0] == ids[1]
+    subprocess.run(["chmod", "-R", "u+w", mounts], check=True)
+
+
+def test_of_several_earlier_sessions_the_one_that_came_furthest(mounts, tmp_path, capsys):
+    for name, epochs in (("a", 3), ("b", 7), ("c", 5)):
+        run = mounts / "notebooks" / "me" / name / "runs" / "scratch"
+        run.mkdir(parents=True)
+        (run / "config.json").write_text('{"stage": "scratch"}')
+        (run / "model.safetensors").write_text(name)
+        rows = [dict.fromkeys(checkpoint.COLUMNS, 0.5) | {"epoch": float(n + 1)} for n in range(epochs)]
+        checkpoint.write_history(run, rows)
+    place.bring_runs(tmp_path / "runs")
+    assert (tmp_path / "runs" / "scratch" / "model.safetensors").read_text() == "b"
+    place.bring_runs(tmp_path / "runs")  # and what is there stays
+    assert capsys.readouterr().out.count("copied from") == 1
+
+
+def test_the_two_archives_of_cityscapes_side_by_side(mounts, raw, tmp_path):
+    for name in ("leftImg8bit", "gtFine"):
+        shutil.copytree(raw / name, mounts / "cityscapes" / f"{name}_trainvaltest" / name)
+    found = place.find_raw(list(place.attached()), tmp_path / "runs")
+    assert found == tmp_path / "runs" / "raw"
+    assert len(list((found / "leftImg8bit").rglob("*.png"))) == 10
+
+
+def test_without_the_secret_runs_are_offline(mounts, monkeypatch, capsys):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    place.take_key()
+    assert "no secret WANDB_API_KEY (ModuleNotFoundError), logging offline" in capsys.readouterr().out
+    assert "WANDB_API_KEY" not in os.environ
+
+
+@pytest.mark.parametrize("start", ["notebooks", ".", "beside"])
+def test_the_first_cell_finds_the_library_at_home_and_on_colab(tmp_path, start):
+    cells = [cell for cell in nbformat.read(ROOT / "notebooks" / execute.NOTEBOOKS["scratch"], 4).cells]
+    first = next(cell.source for cell in cells if cell.cell_type == "code")
+    home = tmp_path / "street-scenes"
+    code(home)
+    (home / "notebooks").mkdir()
+    cwd = tmp_path if start == "beside" else home / start
+    told = subprocess.check_output([sys.executable, "-c", f"{first}\nprint(root, os.getcwd())"], cwd=cwd, text=True)
+    assert told.split() == [str(home), str(home)]
+    alone = tmp_path / "elsewhere"
+    alone.mkdir()
+    failed = subprocess.run([sys.executable, "-c", first], cwd=alone, capture_output=True, text=True)
+    assert start == "beside" or "attach it as a dataset" in failed.stderr
+
+
+@pytest.mark.parametrize("folder", ["from_scratch", "weighted_ce", "ce_dice"])
+def test_the_kaggle_package_accepts_the_metadata(folder, monkeypatch, tmp_path, capsys):
+    """Its own checks, up to the call that would go to the server."""
+    monkeypatch.setenv("KAGGLE_USERNAME", "USERNAME")
+    monkeypatch.setenv("KAGGLE_KEY", "0" * 32)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    from kaggle.api.kaggle_api_extended import KaggleApi
+
+    asked = []
+
+    class Client:
+        def __enter__(self):
+            self.kernels = self.kernels_api_client = self
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def save_kernel(self, request):
+            asked.append(request)
+
+    api = KaggleApi()
+    monkeypatch.setattr(api, "build_kaggle_client", Client)
+    api.kernels_push(str(ROOT / "kaggle" / folder))
+    (request,) = asked
+    assert "does not resolve" not in capsys.readouterr().out
+    assert request.machine_shape == "NvidiaTeslaT4" and request.enable_gpu and request.enable_internet
+    assert request.is_private and request.dataset_data_sources == ["USERNAME/unetseg", "USERNAME/street-scenes"]
+    pushed = nbformat.reads(request.text, as_version=4)
+    assert "stages.train" in "".join(cell.source for cell in pushed.cells)
+    slugs = {json.loads(path.read_text())["id"] for path in (ROOT / "kaggle").glob("*/*-metadata.json")}
+    assert {*request.dataset_data_sources, *request.kernel_data_sources} <= slugs
