@@ -36,6 +36,7 @@ FREE = ("settings", "data", "init", "out", "project", "max_minutes", "num_proces
 
 
 PICTURES = 4  # val images that W&B shows over time
+PICTURE_STEPS = 25  # at least, from one time to the next: they cost a fifth of a step
 
 
 class OutOfTime(TrainingStopped):
@@ -188,7 +189,8 @@ def run_stage(
     job = engine.Job(run, settings.epochs, train_set.class_set.names, settings.void, config)
     keeper, loss_fn = engine.Keeper(trainer, job, session), loss_function(settings, train_set, where)
     tracker = Tracker(settings.project, run, config)
-    log = partial(log_epoch, tracker=tracker, trainer=trainer, val_set=val_set, every=max(1, settings.epochs // 10))
+    every = max(1, settings.epochs // 10, -(-PICTURE_STEPS // len(train_batches)))
+    log = partial(log_epoch, tracker=tracker, trainer=trainer, val_set=val_set, every=every)
     try:
         history = engine.fit(keeper, loss_fn, train_batches, val_batches, log)
         if len(history) == settings.epochs:
