@@ -24,7 +24,7 @@ def render(notebook: Path) -> str:
 
     nbconvert's scripts, for formulas, diagrams and widgets, would come over the network; these notebooks have none.
     """
-    page, _ = HTMLExporter(embed_images=True).from_filename(str(notebook))
+    page, _ = HTMLExporter().from_filename(str(notebook))
     return SCRIPT.sub("", page)
 
 

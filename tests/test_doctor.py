@@ -28,7 +28,9 @@ def test_no_gpu_no_data_and_no_key_are_states(quick, capsys, monkeypatch):
     assert status == 0 and said.endswith("\nready\n")
     assert "none given" in said and "no key" in said and "torch " in said and "GiB free" in said
     # 100 epochs of 2975 + 250 / 3 images, then 30 and 30, at a tenth of a second
-    assert "scratch 8.5 h, weighted_ce 2.5 h, ce_dice 2.5 h" in said and "13.6 h, takes 2 of a Kaggle session" in said
+    assert (
+        "scratch 8.5 h, weighted_ce 2.5 h, ce_dice 2.5 h" in said and "13.6 h, takes 2 Kaggle sessions of 12 h" in said
+    )
 
 
 def test_processed_data_are_described(quick, capsys, processed):
@@ -50,6 +52,9 @@ def test_data_that_cannot_be_used_are_the_thing_to_change(quick, capsys, process
     assert status == 1 and "to change    " in said and "expected leftImg8bit/ and gtFine/" in said
     broken = tmp_path / "broken"
     shutil.copytree(processed, broken)
+    next((broken / "images_processed" / "val").iterdir()).write_bytes(b"cut off")
+    status, said = examined(capsys, "--data", broken)
+    assert status == 1 and "cannot be used" in said and ".npy: expected the .npy array" in said
     next((broken / "masks_processed" / "train").iterdir()).unlink()
     status, said = examined(capsys, "--data", broken)
     assert status == 1 and "image without a mask" in said and not said.endswith("ready\n")

@@ -12,9 +12,10 @@ import torch
 
 from . import capability, device, memory, stages, tracking
 from .classes import CLASS_SETS
+from .data import load_split
 from .model import UNet
 from .pictures import read_png
-from .processed import find_split, read_stats
+from .processed import read_stats
 from .raw import DEFAULT_CLASSES, choose_splits, find_layout, list_pairs
 from .settings import STAGES
 
@@ -79,18 +80,19 @@ class Doctor:
             return assumed
 
     def _processed(self, path: Path) -> tuple[int, tuple[int, int], dict[str, int]]:
-        stats = read_stats(path, "train")
-        class_set, size = CLASS_SETS[stats["class_set"]], tuple(stats["size"])
-        splits = {name: find_split(path, name) for name in ("train", "val")}
+        splits = {name: load_split(path, name) for name in ("train", "val")}  # reads and checks every file
+        class_set, size = splits["train"].class_set, splits["train"].size
         self.say(
             "data", f"{path}: processed, {class_set.name} (0..{len(class_set) - 1}, void 255), {size[0]}x{size[1]}"
         )
-        for name, split in splits.items():
-            self.say("", f"{name}: {len(split.stems)} pairs, {split.note}")
-        for name in {split.folder for split in splits.values()}:
-            if left_out := read_stats(path, name).get("left_out"):
-                self.say("", f"{name}: {len(left_out)} left out in preprocessing (see stats_{name}.json)")
-        return len(class_set), size, {name: len(split.stems) for name, split in splits.items()}
+        for name, loaded in splits.items():
+            absent = [one for one, pixels in zip(class_set.names, loaded.num_pixels.sum(axis=0)) if not pixels]
+            without = f"; without a pixel of {', '.join(absent)}" if absent else "; all classes occur"
+            self.say("", f"{name}: {len(loaded)} pairs, {loaded.split.note}{without}")
+        for folder in {loaded.split.folder for loaded in splits.values()}:
+            if left_out := read_stats(path, folder).get("left_out"):
+                self.say("", f"{folder}: {len(left_out)} left out in preprocessing (see stats_{folder}.json)")
+        return len(class_set), size, {name: len(loaded) for name, loaded in splits.items()}
 
     def _raw(self, path: Path) -> tuple[int, tuple[int, int], dict[str, int]]:
         layout = find_layout(path)
@@ -131,9 +133,9 @@ class Doctor:
         hours = {name: stage.epochs * work * per_image / 3600 for name, stage in STAGES.items()}
         parts = ", ".join(f"{name} {hour:.1f} h" for name, hour in hours.items())
         sessions = -(-sum(hours.values()) // SESSION)
-        fits = "fits" if sessions <= 1 else f"takes {sessions:.0f} of"
+        fits = "fits a Kaggle session" if sessions <= 1 else f"takes {sessions:.0f} Kaggle sessions"
         self.say("training", f"{1 / per_image:.1f} images/s (channels 32, depth 4, {size[0]}x{size[1]}): {parts}")
-        self.say("", f"all three: {sum(hours.values()):.1f} h, {fits} a Kaggle session of {SESSION} h")
+        self.say("", f"all three: {sum(hours.values()):.1f} h, {fits} of {SESSION} h")
 
 
 def examine(data: Path | None) -> int:
