@@ -177,7 +177,11 @@ def open_pool(workers: int, dask: str | None) -> Iterator[Executor]:
     """Worker processes here, or those of a Dask cluster, whose machines have data and code under the same paths."""
     if dask is None:
         with worker_pool(workers) as pool:
-            yield pool
+            try:
+                yield pool
+            except (KeyboardInterrupt, SystemExit):
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         return
     try:
         from distributed import Client, KilledWorker, WorkerPlugin
@@ -208,9 +212,6 @@ def process_split(pool: Executor, split: str, pairs: list[Pair], **job) -> list[
         return list(tqdm(results, total=len(pairs), desc=split, unit="img", leave=False))
     except BrokenProcessPool:
         raise BadFile(f"{split}: a worker process died (out of memory?); rerun with fewer --workers") from None
-    except (KeyboardInterrupt, SystemExit):
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
 
 
 def edge_cases(records: list[Record], class_set: ClassSet) -> dict:

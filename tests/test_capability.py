@@ -32,6 +32,7 @@ NEWEST = [
     (["sm_100f"], (12, 0), False),
     (["compute_60"], (9, 0), True),
     ([], (9, 0), False),
+    (["gfx90a"], (9, 0), True),  # AMD's names say nothing here
 ])  # fmt: skip
 def test_which_builds_support_which_device(architectures, of_device, expected):
     assert capability.supports(architectures, of_device) is expected

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 
+import dask
 import image_segmentation_preprocessing as preprocessing
 import pytest
 from distributed import Client, LocalCluster
@@ -47,7 +48,7 @@ def test_a_cluster_gives_the_same_bytes_though_a_worker_is_killed(cluster, tmp_p
     assert tree(tmp_path / "there") == tree(tmp_path / "here")
 
 
-def test_an_address_where_nobody_answers(tmp_path, raw, caplog, monkeypatch):
-    monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT", "1s")
+def test_an_address_where_nobody_answers(tmp_path, raw):
     command = ["--data_dir", str(raw), "--output_dir", str(tmp_path), "--dask", "tcp://127.0.0.1:9"]
-    assert preprocessing.main(command) == 1
+    with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
+        assert preprocessing.main(command) == 1

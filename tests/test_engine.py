@@ -201,7 +201,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(sets, tmp_path):
     records = []
     with pytest.warns(UserWarning, match="epoch 2: 2 steps were skipped"):
         _, history = train(sets, tmp_path, loss_fn=diverging(4, 5), log=records.append)
-    assert [record["skipped"] for record in records] == [0, 2, 0, 0]
+    assert [record["skipped_steps"] for record in records] == [0, 2, 0, 0]
     assert all(math.isfinite(row["train_loss"]) and math.isfinite(row["val_loss"]) for row in history)
     assert all(value.isfinite().all() for value in checkpoint.load_weights(tmp_path)[0].values())
 

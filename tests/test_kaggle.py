@@ -44,6 +44,22 @@ def make_read_only(folder):
         path.chmod(path.stat().st_mode & 0o555)
 
 
+@pytest.mark.parametrize("start", ["notebooks", ".", "beside"])
+def test_the_first_cell_finds_the_library_at_home_and_on_colab(tmp_path, start):
+    cells = [cell for cell in nbformat.read(ROOT / "notebooks" / execute.NOTEBOOKS["scratch"], 4).cells]
+    first = next(cell.source for cell in cells if cell.cell_type == "code")
+    home = tmp_path / "street-scenes"
+    code(home)
+    (home / "notebooks").mkdir()
+    cwd = tmp_path if start == "beside" else home / start
+    told = subprocess.check_output([sys.executable, "-c", f"{first}\nprint(root, os.getcwd())"], cwd=cwd, text=True)
+    assert told.split() == [str(home), str(home)]
+    alone = tmp_path / "elsewhere"
+    alone.mkdir()
+    failed = subprocess.run([sys.executable, "-c", first], cwd=alone, capture_output=True, text=True)
+    assert start == "beside" or "attach it as a dataset" in failed.stderr
+
+
 @pytest.fixture(scope="module")
 def kaggle(tmp_path_factory):
     """/kaggle with input and working, for as long as this module's tests take."""
@@ -170,22 +186,6 @@ def test_without_the_secret_runs_are_offline(mounts, monkeypatch, capsys):
     place.take_key()
     assert "no secret WANDB_API_KEY (ModuleNotFoundError), logging offline" in capsys.readouterr().out
     assert "WANDB_API_KEY" not in os.environ
-
-
-@pytest.mark.parametrize("start", ["notebooks", ".", "beside"])
-def test_the_first_cell_finds_the_library_at_home_and_on_colab(tmp_path, start):
-    cells = [cell for cell in nbformat.read(ROOT / "notebooks" / execute.NOTEBOOKS["scratch"], 4).cells]
-    first = next(cell.source for cell in cells if cell.cell_type == "code")
-    home = tmp_path / "street-scenes"
-    code(home)
-    (home / "notebooks").mkdir()
-    cwd = tmp_path if start == "beside" else home / start
-    told = subprocess.check_output([sys.executable, "-c", f"{first}\nprint(root, os.getcwd())"], cwd=cwd, text=True)
-    assert told.split() == [str(home), str(home)]
-    alone = tmp_path / "elsewhere"
-    alone.mkdir()
-    failed = subprocess.run([sys.executable, "-c", first], cwd=alone, capture_output=True, text=True)
-    assert start == "beside" or "attach it as a dataset" in failed.stderr
 
 
 @pytest.mark.parametrize("folder", ["from_scratch", "weighted_ce", "ce_dice"])

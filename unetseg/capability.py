@@ -22,7 +22,10 @@ def supports(architectures: list[str], capability: tuple[int, int]) -> bool:
     version on; those with a letter serve one version alone.
     """
     for architecture in architectures:
-        kind, major, minor, letter = re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]*)", architecture).groups()
+        found = re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]*)", architecture)
+        if found is None:  # AMD's, say: the first kernel will tell
+            return True
+        kind, major, minor, letter = found.groups()
         built = int(major), int(minor)
         if letter:
             fits = built == capability if letter != "f" else built[0] == capability[0] and built <= capability

@@ -98,7 +98,7 @@ class Keeper:
             yield batch
             reason = self.session.over(reserve=self.cost)
             due = time.monotonic() - self.saved > max(SAVE_SECONDS, 50 * self.cost)
-            decision = processes.highest(2 if reason else int(due))  # all do the same
+            decision = processes.highest(2 if reason else int(due and processes.is_first()))  # all do the same
             if decision:
                 self.save()
             if decision == 2:
@@ -172,7 +172,8 @@ def fit(
                 run_epoch(keeper, loss_fn, train_batches, val_batches, log, progress)
         except Pause as pause:
             place = f"in epoch {position.epoch} of {job.num_epochs}, after step {position.step} of {len(train_batches)}"
-            progress.write(f"{job.run.name}: stopped ({pause}) {place}; saved: the same again goes on from here")
+            if processes.is_first():
+                progress.write(f"{job.run.name}: stopped ({pause}) {place}; saved: the same again goes on from here")
     return position.history
 
 

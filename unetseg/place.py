@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import checkpoint
 from .files import read_json
-from .raw import find_layout
+from .raw import choose_splits, find_layout
 from .scenes import draw_dataset
 from .settings import STAGES, Settings
 
@@ -103,9 +103,12 @@ def find_data(home: Path) -> Path:
         raw, size = home / "scenes", "192x96"
         print(f"data: nothing is attached, so street scenes are drawn into {raw}")
         draw_dataset(raw, DRAWN)
-    status = preprocess(raw, processed, size)
-    if status and not (processed / "stats_train.json").is_file():
+    unfinished = home / "processed.unfinished"  # an interrupted session goes on with it, and no other finds it
+    status = preprocess(raw, unfinished, size)
+    splits = choose_splits(raw, find_layout(raw), None)
+    if status and not all((unfinished / f"stats_{split}.json").is_file() for split in splits):
         raise ValueError(f"{raw}: expected data that can be preprocessed; see above")
+    unfinished.rename(processed)
     print(f"data: {processed}, made from {raw}")
     return processed
 

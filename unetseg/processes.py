@@ -23,15 +23,19 @@ def begin() -> None:
     """Join the others, if torchrun (or the like) has started this process as one of several.
 
     On GPUs each takes that of its number on its machine. All but the first are silent from here on.
+    Raises ValueError when there are fewer GPUs than processes.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
+    gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if 0 < gpus < here:
+        raise ValueError(f"expected a GPU for each of the {here} processes on this machine, found {gpus}; start {gpus}")
+    if os.environ.get("RANK", "0") != "0":
+        os.environ |= {"WANDB_MODE": "disabled", "TQDM_DISABLE": "1"}  # tqdm looks at it when it is imported
     from accelerate import PartialState  # here, because it is slow to import and few need it
 
-    gpu = torch.cuda.is_available()
-    PartialState(**{"backend": "cuda:nccl,cpu:gloo"} if gpu else {"cpu": True})
+    PartialState(**{"backend": "cuda:nccl,cpu:gloo"} if gpus else {"cpu": True})
     if not is_first():
-        os.environ |= {"WANDB_MODE": "disabled", "TQDM_DISABLE": "1"}
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
         warnings.simplefilter("ignore")
 
@@ -50,10 +54,13 @@ def launch(number: int, arguments: Sequence[str]) -> int:
     process = subprocess.Popen([sys.executable, *several, "-m", "unetseg", *arguments], env=environment)
     try:
         return process.wait()
-    except BaseException:  # Ctrl-C, say: it has reached them, too, and they save what they have
-        process.terminate()
+    except KeyboardInterrupt:  # it has reached them, too; another signal before they have saved would end them at once
         process.wait()
         raise
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
 
 
 def count() -> int:

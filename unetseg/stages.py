@@ -296,7 +296,8 @@ def describe(settings: Settings, train_set: SegmentationSet, val_set: Segmentati
 def choose(settings: Settings, train_set: SegmentationSet, model: nn.Module) -> device.Choice:
     """How the network is to compute, as the settings ask or by measurement."""
     num_steps = settings.epochs * -(-len(train_set) // settings.batch_size)
-    asked = settings.precision, settings.memory_format, settings.compile
+    several = processes.count() > 1 and settings.compile == "auto"  # what one process measures alone says nothing
+    asked = settings.precision, settings.memory_format, "no" if several else settings.compile
     return device.choose(model, train_set.size, num_steps, *asked)
 
 

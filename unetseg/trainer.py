@@ -133,11 +133,11 @@ class Trainer:
         With several parts, the loss and its gradient at the logits are taken on all of them, before each part goes
         through once more. After Gao et al., "Scaling Deep Contrastive Learning Batch Size", RepL4NLP 2021.
         """
+        self.shape = self.shape or images.shape  # an epoch's last, smaller batch is not worth compiling for
+        model = self.compiled if images.shape == self.shape else self.model
+        if processes.count() > 1:
+            return self._backward_together(model, images, masks, loss_fn)
         if self.part >= len(images):
-            self.shape = self.shape or images.shape  # an epoch's last, smaller batch is not worth compiling for
-            model = self.compiled if images.shape == self.shape else self.model
-            if processes.count() > 1:
-                return self._backward_together(model, images, masks, loss_fn)
             loss = loss_fn(forward(model, images, self.precision), masks)
             self.scaler.scale(loss).backward()
             return loss.detach()
@@ -157,11 +157,13 @@ class Trainer:
         network; the sum over the processes is the gradient. BatchNorm's statistics are those of one common BatchNorm
         on GPUs, and the mean of the processes' own on CPUs.
         """
-        logits = forward(model, images, self.precision)
-        everyone, truth = processes.gather_batch(logits.detach(), masks)
+        logits = forward(model, images, self.precision if len(images) else "fp32")  # SyncBatchNorm: none has no dtype
+        everyone, truth = processes.gather_batch(logits.detach().float(), masks)
         loss = loss_fn(everyone.requires_grad_(), truth)
         self.scaler.scale(loss).backward()
-        logits.backward(processes.own(everyone.grad))
+        logits.backward(processes.own(everyone.grad).to(logits.dtype))
+        for weight in self.model.parameters():
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         shared = [weight.grad for weight in self.model.parameters()]
         if not images.is_cuda:
             shared += [buffer.div_(processes.count()) for buffer in self.statistics]
