@@ -31,6 +31,7 @@ from unetseg import checkpoint, data, inference, pictures, processed
 from unetseg.__main__ import main
 
 WIDTH, HEIGHT = 96, 64
+ROOT = Path(__file__).resolve().parents[1]
 RNG = np.random.default_rng(0)
 
 
@@ -739,7 +740,7 @@ def test_nothing_of_this_takes_a_gigabyte(trained, tmp_path):
     (pairs.root / "leftImg8bit/train/city/device_leftImg8bit.png").symlink_to("/dev/zero")
     code = f"""
 import resource, sys
-sys.path[:0] = {[str(ROOT), str(ROOT / 'preprocessing')]!r}
+sys.path[:0] = {[str(ROOT), str(ROOT / "preprocessing")]!r}
 import image_segmentation_preprocessing as preprocessing
 assert preprocessing.main(["--data_dir", {str(pairs.root)!r}, "--output_dir", {str(tmp_path / "out")!r}, "--workers", "1"]) == 1
 from unetseg.__main__ import main
