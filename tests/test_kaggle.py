@@ -173,11 +173,23 @@ def test_of_several_earlier_sessions_the_one_that_came_furthest(mounts, tmp_path
     assert capsys.readouterr().out.count("copied from") == 1
 
 
+def test_a_session_that_ended_in_its_first_epoch_is_gone_on_with(mounts, tmp_path):
+    """It has a state, and no weights yet."""
+    run = mounts / "unetseg-output" / "runs" / "scratch"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text('{"stage": "scratch"}')
+    (run / "state.pt").write_text("state")
+    place.bring_runs(tmp_path / "runs")
+    assert (tmp_path / "runs" / "scratch" / "state.pt").read_text() == "state"
+
+
 def test_the_two_archives_of_cityscapes_side_by_side(mounts, raw, tmp_path):
     for name in ("leftImg8bit", "gtFine"):
         shutil.copytree(raw / name, mounts / "cityscapes" / f"{name}_trainvaltest" / name)
     found = place.find_raw(list(place.attached()), tmp_path / "runs")
     assert found == tmp_path / "runs" / "raw"
+    shutil.move(mounts / "cityscapes", mounts / "moved")  # the next session: attached elsewhere, the links lead nowhere
+    found = place.find_raw(list(place.attached()), tmp_path / "runs")
     assert len(list((found / "leftImg8bit").rglob("*.png"))) == 10
 
 

@@ -129,7 +129,7 @@ def test_one_setting_starts_them(processed, tmp_path, monkeypatch, capfd):
     """What a notebook does with num_processes=2."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
     facts = {"channels": 4, "depth": 2, "epochs": 2, "batch_size": 4, "precision": "fp32", "num_processes": 2}
-    facts |= {"occlusion": 0.0, "aim_at": ("person", "vehicle"), "deterministic": True, "max_minutes": 10.0}
+    facts |= {"occlusion": 0.0, "aim_at": ["person", "vehicle"], "deterministic": True, "max_minutes": 10.0}
     settings = stages.Settings("scratch", str(processed), str(tmp_path / "run é"), **facts)
     rows = stages.train(settings, *stages.load_sets(settings))
     assert [row["epoch"] for row in rows] == [1, 2] and rows == stages.recorded(tmp_path / "run é")

@@ -71,7 +71,8 @@ def bring_runs(home: Path) -> None:
     """Copy attached runs into `home`, of each stage that is not there the one that has come furthest."""
     found: dict[str, list[Path]] = {}
     for folder in attached():
-        if (folder / checkpoint.CONFIG).is_file() and (folder / checkpoint.WEIGHTS).is_file():
+        begun = any((folder / name).is_file() for name in (checkpoint.WEIGHTS, checkpoint.STATE))
+        if begun and (folder / checkpoint.CONFIG).is_file():
             found.setdefault(read_json(folder / checkpoint.CONFIG).get("stage"), []).append(folder)
     for stage in found.keys() & STAGES.keys():
         if not (home / stage).exists():
@@ -126,7 +127,8 @@ def find_raw(folders: list[Path], home: Path) -> Path | None:
         return None
     (home / "raw").mkdir(parents=True, exist_ok=True)
     for name, folder in parts.items():
-        if not (home / "raw" / name).exists():
+        if not (home / "raw" / name).exists():  # or it leads to where the data were attached before
+            (home / "raw" / name).unlink(missing_ok=True)
             (home / "raw" / name).symlink_to(folder)
     return home / "raw"
 

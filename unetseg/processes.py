@@ -51,6 +51,7 @@ def launch(number: int, arguments: Sequence[str]) -> int:
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
     paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // number)))  # torchrun's own is 1
     process = subprocess.Popen([sys.executable, *several, "-m", "unetseg", *arguments], env=environment)
     try:
         return process.wait()

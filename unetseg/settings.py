@@ -117,7 +117,7 @@ def as_arguments(settings: Settings) -> list[str]:
         flag = f"--{name.replace('_', '-')}"
         if value is True:
             arguments.append(flag)
-        elif isinstance(value, tuple):
+        elif isinstance(value, (tuple, list)):
             arguments += [flag, *value]
         elif value is not None and value is not False and name != "stage":
             arguments.append(f"{flag}={value}")
