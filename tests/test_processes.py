@@ -1,6 +1,7 @@
 """Two processes train as one does: the same samples, the same history, the same scores."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -128,6 +130,7 @@ def test_a_refusal_ends_all(plain, processed, alone):
 def test_one_setting_starts_them(processed, tmp_path, monkeypatch, capfd):
     """What a notebook does with num_processes=2."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
     facts = {"channels": 4, "depth": 2, "epochs": 2, "batch_size": 4, "precision": "fp32", "num_processes": 2}
     facts |= {"occlusion": 0.0, "aim_at": ["person", "vehicle"], "deterministic": True, "max_minutes": 10.0}
     settings = stages.Settings("scratch", str(processed), str(tmp_path / "run é"), **facts)
@@ -135,11 +138,70 @@ def test_one_setting_starts_them(processed, tmp_path, monkeypatch, capfd):
     assert [row["epoch"] for row in rows] == [1, 2] and rows == stages.recorded(tmp_path / "run é")
     config = checkpoint.read_config(tmp_path / "run é")["settings"]
     assert config["occlusion"] == 0 and config["aim_at"] == ["person", "vehicle"] and config["deterministic"]
-    assert "best val mIoU" in capfd.readouterr().out
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("0/12 [") == 1  # the first process has a bar; the caller speaks
     with pytest.raises(stages.TrainingStopped, match="exit status"):
         monkeypatch.setattr(stages, "as_arguments", lambda settings: ["scratch", "--nonsense"])
         bad = stages.Settings("scratch", str(processed), str(tmp_path / "bad"), num_processes=2)
         stages.train(bad, *stages.load_sets(bad))
+
+
+def test_ctrl_c_reaches_all_and_the_run_is_saved(processed, tmp_path):
+    """As a terminal sends it, to the command and the processes it started."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "unetseg", "train", "scratch", "--num-processes=2", f"--data={processed}", *TINY]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
+    process = subprocess.Popen(
+        [*command, "--epochs=5000", f"--out={out}"], env=environment, start_new_session=True, stderr=subprocess.PIPE
+    )
+    while not (out / checkpoint.HISTORY).exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and b"the same command goes on from here" in err
+    position = checkpoint.load_state(out)["position"]
+    assert len(position["history"]) == len(checkpoint.read_history(out)) > 0
+
+
+def test_processes_end_with_the_one_that_launched_them(processed, tmp_path):
+    """Killed, as a notebook's kernel may be, it can tell nobody."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "unetseg", "train", "scratch", "--num-processes=2", f"--data={processed}", *TINY]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
+    process = subprocess.Popen([*command, "--epochs=5000", f"--out={out}"], env=environment, stderr=subprocess.DEVNULL)
+    while not (out / checkpoint.HISTORY).exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert len(started) >= 3  # torchrun and its two
+    process.kill()
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert not alive
+
+
+def test_a_process_given_other_data_ends_all(plain, processed, tmp_path):
+    """As when the second machine holds an older copy: the first one's fingerprint must not stand for it."""
+    other = tmp_path / "other"
+    shutil.copytree(processed, other)
+    first, second = sorted((other / "masks_processed" / "train").iterdir())[:2]
+    images = [other / "images_processed" / "train" / f"{path.stem}.npy" for path in (first, second)]
+    for one, two in ((first, second), images):
+        one.rename(tmp_path / "kept")
+        two.rename(one)
+        (tmp_path / "kept").rename(two)
+    script = tmp_path / "script.py"
+    here, there = str(processed), str(other)
+    script.write_text(
+        plain.read_text().replace(
+            "sys.argv[0]",
+            f"""if os.environ["RANK"] == "1":
+    sys.argv = [{there!r} if argument == {here!r} else argument for argument in sys.argv]
+sys.argv[0]""",
+        )
+    )
+    status, _, err = run(2, script, "--data", processed, "--out", tmp_path / "run", *TINY)
+    assert status != 0 and "expected what the first process was given" in err and "data_sha256" in err
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 7])

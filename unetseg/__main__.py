@@ -1,12 +1,14 @@
 """python -m unetseg scenes | train | evaluate | predict | doctor"""
 
 import argparse
+import os
 import signal
 import sys
 import time
 import warnings
 from dataclasses import fields
 from pathlib import Path
+from typing import NoReturn
 
 STARTED = time.monotonic()
 
@@ -80,7 +82,7 @@ def add_settings(command: argparse.ArgumentParser) -> None:
         ("max-minutes", float, "stop, saved, before so many have passed; the same command then goes on"),
     ):
         add(f"--{name}", type=kind, help=text)
-    add("--aim-at", nargs="+", metavar="CLASS", help="classes of those instances (people)")
+    add("--aim-at", nargs="*", metavar="CLASS", help="classes of those instances (people)")
     add("--void", choices=("ignore", "background"), help="void rule (ignore)")
     add("--precision", choices=("auto", "fp32", "fp16", "bf16"), help="auto: measured")
     add("--memory-format", choices=("auto", "channels_last", "contiguous"), help="auto: measured")
@@ -98,12 +100,12 @@ def scenes(args: argparse.Namespace) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
+        os.environ |= {"WANDB_MODE": "disabled", "TQDM_DISABLE": "1"}  # before torch imports tqdm, which looks at it
     from . import processes
 
     processes.begin()
-    status = train_stage(args)
-    processes.end()
-    return status
+    return train_stage(args)
 
 
 def train_stage(args: argparse.Namespace) -> int:
@@ -177,8 +179,20 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def leave(status: int) -> NoReturn:
+    """End this process; one of several at once, because gloo's threads may abort Python's own way out.
+
+    See pytorch/pytorch#179291; destroying the process group first does not end them where the optimiser was imported.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
         stream.reconfigure(errors="backslashreplace")
-    sys.exit(main())
+    leave(main())

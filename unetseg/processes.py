@@ -4,19 +4,24 @@ Each holds a whole model, takes its part of every batch, and ends a step with th
 one writes, logs and speaks.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 Value = TypeVar("Value")
+LAUNCHER = "UNETSEG_LAUNCHER"  # environment variable: the process whose `launch` has started these
 
 
 def begin() -> None:
@@ -27,11 +32,11 @@ def begin() -> None:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
-    gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    for starter in (os.getppid(), os.environ.get(LAUNCHER, os.getppid())):  # torchrun and, where it was, `launch`
+        threading.Thread(target=_end_with, args=(int(starter),), daemon=True).start()
+    gpus, here = torch.cuda.device_count(), on_this_machine()
     if 0 < gpus < here:
         raise ValueError(f"expected a GPU for each of the {here} processes on this machine, found {gpus}; start {gpus}")
-    if os.environ.get("RANK", "0") != "0":
-        os.environ |= {"WANDB_MODE": "disabled", "TQDM_DISABLE": "1"}  # tqdm looks at it when it is imported
     from accelerate import PartialState  # here, because it is slow to import and few need it
 
     PartialState(**{"backend": "cuda:nccl,cpu:gloo"} if gpus else {"cpu": True})
@@ -40,22 +45,29 @@ def begin() -> None:
         warnings.simplefilter("ignore")
 
 
-def end() -> None:
-    """Leave the others."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def _end_with(process_id: int) -> None:
+    """End this process with that one: killed, it would leave us at work, with GPUs and run folder taken."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        starter = psutil.Process(process_id)
+        while starter.is_running() and starter.status() != psutil.STATUS_ZOMBIE:  # one that nobody has waited for yet
+            time.sleep(1)
+    os._exit(1)
 
 
 def launch(number: int, arguments: Sequence[str]) -> int:
-    """Run `python -m unetseg` with these arguments in so many processes on this machine; returns the exit status."""
+    """Run `python -m unetseg` with these arguments in so many processes on this machine; returns the exit status.
+
+    Its progress and warnings are shown; what it prints at the end is for the caller to say.
+    """
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
     paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), LAUNCHER: str(os.getpid())}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // number)))  # torchrun's own is 1
-    process = subprocess.Popen([sys.executable, *several, "-m", "unetseg", *arguments], env=environment)
+    command = [sys.executable, *several, "-m", "unetseg", *arguments]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     try:
         return process.wait()
-    except KeyboardInterrupt:  # it has reached them, too; another signal before they have saved would end them at once
+    except KeyboardInterrupt:  # it has reached torchrun, which gives them thirty seconds to save
         process.wait()
         raise
     finally:
@@ -66,6 +78,11 @@ def launch(number: int, arguments: Sequence[str]) -> int:
 
 def count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def on_this_machine() -> int:
+    """How many of them run here."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def rank() -> int:
