@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -34,6 +35,24 @@ def no_account(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
+PROJECT = {"id": "p", "internalId": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
+FAMILY = {"__typename": "ArtifactSequence", "name": "unet-scratch", "project": PROJECT}
+PARENT = {"__typename": "Artifact", "id": "A17", "artifactSequence": FAMILY, "artifactType": {"name": "model"}}
+PARENT |= dict.fromkeys(("versionIndex", "size", "fileCount", "ttlDurationSeconds"), 1)
+PARENT |= {"state": "COMMITTED", "digest": "d", "commitHash": "c", "createdAt": "2026-01-01T00:00:00"}
+PARENT |= {"description": "", "updatedAt": None, "ttlIsInherited": False, "historyStep": None}
+PARENT |= {"tags": [], "aliases": [], "metadata": "{}"}
+MEMBER = {"__typename": "ArtifactCollectionMembership", "id": "M", "createdAt": "2026-01-01T00:00:00"}
+MEMBER |= {"versionIndex": 1, "aliases": [], "artifactCollection": FAMILY, "artifact": PARENT}
+KNOWN = {  # what a server that works answers to a question with this word in it
+    b"upsertBucket(": {"upsertBucket": {"bucket": {"id": "r", "name": "r", "project": PROJECT}, "inserted": True}},
+    b"serverInfo": {"serverInfo": {"features": []}},
+    b"artifactCollectionMembership(": {"project": {"artifactCollectionMembership": MEMBER}},
+    b"artifact(name": {"project": {"artifact": PARENT}},  # W&B 0.26 asks so
+    b"useArtifact(": {"useArtifact": {"artifact": PARENT}},
+}
+
+
 class Server(ThreadingHTTPServer):
     """As much of W&B's server as a run needs to begin; `how` it answers may change at any time."""
 
@@ -41,7 +60,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, how):
         super().__init__(("127.0.0.1", 0), Answer)
-        self.how, self.over = how, threading.Event()
+        self.how, self.over, self.asked = how, threading.Event(), []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
@@ -52,8 +71,8 @@ class Answer(BaseHTTPRequestHandler):
             self.server.over.wait()
         if self.server.how in ("hang", "drop"):
             return
-        run = {"id": "r", "name": "r", "project": {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}}
-        known = {"upsertBucket": {"bucket": run, "inserted": True}} if b"upsertBucket" in question else {}
+        self.server.asked.append(question)
+        known = next((answer for field, answer in KNOWN.items() if field in question), {})
         body = json.dumps({"data": {"viewer": {"id": "1", "entity": "e"}, **known}}).encode()
         self.send_response({"ok": 200, "wrong key": 401, "broken": 502}[self.server.how])
         self.send_header("Content-Length", str(len(body)))
@@ -82,9 +101,8 @@ def server(no_account, monkeypatch, request):
 
 
 def logged(run):
-    """What W&B's transaction log of a run holds, as bytes."""
-    (log,) = [path for path in run.rglob("*.wandb") if not path.parent.is_symlink()]
-    return log.read_bytes()
+    """What W&B's transaction logs of a run hold, as bytes."""
+    return b"".join(path.read_bytes() for path in run.rglob("*.wandb") if not path.parent.is_symlink())
 
 
 @pytest.mark.parametrize("asked, mode", [(None, "offline"), ("disabled", "disabled"), ("online", "offline")])
@@ -93,6 +111,15 @@ def test_the_mode_without_a_key(no_account, monkeypatch, asked, mode):
         monkeypatch.setenv("WANDB_MODE", asked)
     said = []
     assert choose_mode(said.append) == mode and said == []
+
+
+@pytest.mark.parametrize("server", ["ok"], indirect=True)
+def test_wandb_offline_is_obeyed(server, tmp_path, monkeypatch):
+    """What the command `wandb offline` leaves: a file in the folder it was given in."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text("[default]\nmode = offline\n")
+    assert choose_mode(pytest.fail) == "offline" and not server.asked
 
 
 @pytest.mark.parametrize("server, said", [
@@ -134,7 +161,20 @@ def test_a_network_that_goes_in_the_middle_holds_nothing_up(server, then, tmp_pa
         tracker.best(PICTURES, np.eye(2), SCORES, tmp_path / "none", {"stage": "scratch"})
         tracker.finish()
     assert len(caught) == 1 and time.monotonic() - start < 60 and not tracker.process.is_alive()
-    assert b"val/miou" in logged(tmp_path / "run") and KEY.encode() not in logged(tmp_path / "run")
+    paths = [path for path in (tmp_path / "run").rglob("*.wandb") if not path.parent.is_symlink()]
+    assert [row["epoch"] for path in paths for row in wandb_file.history(path) if "epoch" in row] == [1, 2]
+    assert KEY.encode() not in logged(tmp_path / "run")
+
+
+@pytest.mark.parametrize("server", ["ok"], indirect=True)
+def test_a_fine_tuning_is_linked_to_the_weights_it_began_with(server, tmp_path):
+    config = CONFIG | {"stage": "ce_dice", "init_sha256": "ab" * 32, "init_stage": "scratch"}
+    tracker = Tracker("test", tmp_path / "run", config)
+    assert tracker.started.wait(60)
+    tracker.process.kill()
+    assert any(b"unet-scratch:sha-abababababab" in question for question in server.asked)
+    uses = [json.loads(question)["variables"] for question in server.asked if b"useArtifact(" in question]
+    assert [(use["artifactID"], use["runName"]) for use in uses] == [("A17", "r")]
 
 
 def test_what_was_logged_is_read_back_from_the_offline_file(no_account, tmp_path):
@@ -212,6 +252,27 @@ def test_a_folder_that_takes_no_writing_stops_nothing(no_account, tmp_path):
         warnings.simplefilter("always")
         tracker.finish()
     assert len(caught) <= 1 and not tracker.process.is_alive()
+
+
+def log_an_epoch_and_die(run):
+    tracker = Tracker("test", run, CONFIG)
+    tracker.epoch(RECORD)
+    tracker.started.wait(60)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_training_leaves_what_it_logged(no_account, tmp_path):
+    """W&B writes its file in pieces, the last of them at the run's end; somebody has to end it."""
+    training = get_context("spawn").Process(target=log_an_epoch_and_die, args=(tmp_path / "run",))
+    training.start()
+    training.join()
+    assert training.exitcode == -signal.SIGKILL
+    end = time.monotonic() + 60
+    while b"val/miou" not in logged(tmp_path / "run") and time.monotonic() < end:
+        time.sleep(0.1)
+    (path,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    assert [row["epoch"] for row in wandb_file.history(path) if "epoch" in row] == [1]
+    assert wandb_file.last(path, "exit").exit_code == 1
 
 
 def test_a_killed_tracker_stops_nothing(no_account, tmp_path):

@@ -6,12 +6,13 @@ Training hands over what is to be logged and does not look back; at the end it w
 import os
 import signal
 import threading
+import time
 import warnings
-from multiprocessing import Queue, get_context
+from multiprocessing import Queue, get_context, parent_process
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
-from .pool import ctrl_c_for_us_alone, end_with_parent
+from .pool import ctrl_c_for_us_alone
 
 TIMEOUT = 120  # seconds that uploading may take at the end of a run
 
@@ -66,10 +67,10 @@ class Tracker:
 
 def _mirror(records: Queue, messages: Queue, started: Event, project: str, run: Path, config: dict) -> None:
     """The other end, a process of its own: log the records as they come, until "finish" or the first failure."""
-    from .tracking import PATIENCE, Mirror, ServerGone  # here, because only this process needs W&B
+    from .tracking import Mirror, ServerGone  # here, because only this process needs W&B
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # training decides when to end
-    end_with_parent()
+    threading.Thread(target=_end_with_training, args=(records,), daemon=True).start()
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
@@ -78,15 +79,21 @@ def _mirror(records: Queue, messages: Queue, started: Event, project: str, run: 
         started.set()
         while (record := records.get())[0] != "finish":
             getattr(mirror, record[0])(*record[1:])
-        mirror.finish()
+        mirror.finish(*record[1:])
     except ServerGone as error:
         messages.put(f"{error}; `wandb sync` uploads later")
-        ending = threading.Thread(target=mirror.run.finish, daemon=True)  # would wait for the server without an end,
-        ending.start()
-        ending.join(4 * PATIENCE)  # but first writes all that was logged into W&B's file
+        mirror.leave_server()
     except Exception as error:  # whatever happens to W&B, training goes on
         messages.put(f"logging stopped ({error}); the run goes on")
     started.set()
     messages.close()
     messages.join_thread()
     os._exit(0)  # W&B's own exit would wait for its server
+
+
+def _end_with_training(records: Queue) -> None:
+    """End the W&B run of a training that was killed: W&B writes its file in pieces, the last of them at the end."""
+    parent_process().join()
+    records.put(("finish", 1))
+    time.sleep(TIMEOUT)
+    os._exit(1)

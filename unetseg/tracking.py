@@ -5,11 +5,13 @@ import hashlib
 import netrc
 import os
 import secrets
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
+import psutil
 import requests
 import wandb
 
@@ -23,23 +25,29 @@ class ServerGone(Exception):
 
 
 def choose_mode(say: Callable[[str], None]) -> str:
-    """WANDB_MODE if that is not "online"; else "online" with a key that the server takes, and "offline" without."""
-    asked = os.environ.get("WANDB_MODE", "online")
+    """What W&B is told to (WANDB_MODE, `wandb offline`), if not "online"; else that, if the server takes a key."""
+    asked = os.environ.get("WANDB_MODE") or _settings().mode
     if asked != "online":
         return asked
-    server, key = _server_and_key()
+    server, key = server_and_key()
     refusal = _refusal(server, key) if key else ""
     if refusal:
         say(f"{refusal}; logging offline, `wandb sync` uploads later")
     return "online" if key and not refusal else "offline"
 
 
-def _server_and_key() -> tuple[str, str | None]:
+def _settings() -> "wandb.Settings":
     if "WANDB_API_KEY" in os.environ:
         os.environ["WANDB_API_KEY"] = os.environ["WANDB_API_KEY"].strip()  # W&B stumbles over the blanks of pasted ones
     settings = wandb.Settings()
     settings.update_from_system_settings()
     settings.update_from_env_vars(os.environ)
+    return settings
+
+
+def server_and_key() -> tuple[str, str | None]:
+    """Where W&B's server is, and the user's key for it, if there is one."""
+    settings = _settings()
     return settings.base_url, os.environ.get("WANDB_API_KEY") or _key_in_netrc(urlsplit(settings.base_url).hostname)
 
 
@@ -67,6 +75,7 @@ class Mirror:
     """One W&B run; each method logs one kind of thing."""
 
     def __init__(self, project: str, run: Path, config: dict, say: Callable[[str], None]) -> None:
+        self.about, self.rows = (project, run, config), []  # the rows: all epochs' numbers, as they were logged
         os.environ["WANDB_DATA_DIR"] = str(run.resolve() / "wandb")  # artifacts are staged there by absolute path
         run.mkdir(parents=True, exist_ok=True)
         mode = choose_mode(say)
@@ -97,7 +106,7 @@ class Mirror:
 
     def check_server(self) -> None:
         """Raise ServerGone when an online run's server does not answer any more: W&B would wait for it."""
-        refusal = "" if self.run.settings.mode != "online" else _refusal(*_server_and_key())
+        refusal = "" if self.run.settings.mode != "online" else _refusal(*server_and_key())
         if refusal:
             raise ServerGone(refusal)
 
@@ -108,9 +117,8 @@ class Mirror:
         values |= {"train/loss": record["train_loss"], "val/loss": record["val_loss"], "val/miou": record["val_miou"]}
         values |= {"train/gpu_gibibytes": record["gpu_gibibytes"], "val/accuracy": record["scores"]["accuracy"]}
         values |= {f"val/iou/{name}": of["iou"] for name, of in record["scores"]["classes"].items()}
-        if pictures:
-            values["val/pictures"] = overlays(*pictures)
-        self.run.log({key: value for key, value in values.items() if value is not None})
+        self.rows.append({key: value for key, value in values.items() if value is not None})
+        self.run.log(self.rows[-1] | ({"val/pictures": overlays(*pictures)} if pictures else {}))
 
     def best(self, pictures: tuple, confusion: np.ndarray, scores: dict, weights: Path, metadata: dict) -> None:
         """Log what the best weights do, and the weights: pictures (images, masks, preds, names), confusion and scores.
@@ -136,9 +144,28 @@ class Mirror:
         artifact.add_file(str(weights))
         self.run.log_artifact(artifact, aliases=["best", alias(hashlib.sha256(weights.read_bytes()).hexdigest())])
 
-    def finish(self) -> None:
+    def finish(self, exit_code: int = 0) -> None:
         """End the W&B run."""
         self.check_server()
+        self.run.finish(exit_code)
+
+    def leave_server(self) -> None:
+        """End an online run whose server has gone, with all its numbers in W&B's files."""
+        if not hasattr(self.run.settings, "x_transaction_log_flush_interval"):
+            return self._log_again_offline()
+        ending = threading.Thread(target=self.run.finish, daemon=True)  # waits for the server without an end
+        ending.start()
+        ending.join(4 * PATIENCE)
+
+    def _log_again_offline(self) -> None:
+        """W&B before 0.31 keeps its file's last 32 KiB in memory until the run has ended (wandb/wandb#12742)."""
+        for process in psutil.Process().children(recursive=True):
+            process.kill()
+        with contextlib.suppress(SystemExit, OSError):  # W&B misses its process
+            wandb.teardown()
+        self.run = self._start("offline", *self.about)
+        for row in self.rows:
+            self.run.log(row)
         self.run.finish()
 
 
