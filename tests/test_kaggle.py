@@ -173,6 +173,25 @@ def test_of_several_earlier_sessions_the_one_that_came_furthest(mounts, tmp_path
     assert capsys.readouterr().out.count("copied from") == 1
 
 
+def test_runs_keep_their_names(mounts, tmp_path):
+    """A seed's run, or a control of the same stage, is not taken for the first stage."""
+    for name in ("seed1", "control"):
+        run = mounts / "notebooks" / "me" / "all" / "runs" / name
+        run.mkdir(parents=True)
+        (run / "config.json").write_text('{"stage": "scratch"}')
+        (run / "model.safetensors").write_text(name)
+    place.bring_runs(tmp_path / "runs")
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["control", "seed1"]
+
+
+def test_data_begun_by_hand_are_finished(mounts, tmp_path, monkeypatch):
+    """Not made beside them for hours, only to find the name taken."""
+    (tmp_path / "runs" / "processed" / "images_processed").mkdir(parents=True)
+    monkeypatch.setattr(place, "DRAWN", {"train": 2, "val": 2})
+    assert place.find_data(tmp_path / "runs") == tmp_path / "runs" / "processed"
+    assert (tmp_path / "runs" / "processed" / "stats_val.json").is_file()
+
+
 def test_a_session_that_ended_in_its_first_epoch_is_gone_on_with(mounts, tmp_path):
     """It has a state, and no weights yet."""
     run = mounts / "unetseg-output" / "runs" / "scratch"

@@ -26,7 +26,7 @@ def settle(settings: Settings) -> Settings:
     data="auto" becomes the folder `processed` beside the run folder, if there is one; else an attached processed
     folder; else what preprocessing makes, beside the run folder, of attached raw data or, with none, of drawn scenes.
     Attached runs, of an earlier session or another notebook, are copied beside the run folder, where there is none of
-    that stage, to go on with or to start from. A W&B key among Kaggle's secrets is put into the environment.
+    that name, to go on with or to start from. A W&B key among Kaggle's secrets is put into the environment.
     """
     take_key()
     home = Path(settings.out).parent
@@ -68,24 +68,25 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def bring_runs(home: Path) -> None:
-    """Copy attached runs into `home`, of each stage that is not there the one that has come furthest."""
+    """Copy attached runs into `home`: of each name that is not there, the one that has come furthest."""
     found: dict[str, list[Path]] = {}
     for folder in attached():
         begun = any((folder / name).is_file() for name in (checkpoint.WEIGHTS, checkpoint.STATE))
-        if begun and (folder / checkpoint.CONFIG).is_file():
-            found.setdefault(read_json(folder / checkpoint.CONFIG).get("stage"), []).append(folder)
-    for stage in found.keys() & STAGES.keys():
-        if not (home / stage).exists():
-            furthest = max(found[stage], key=lambda run: len(checkpoint.read_history(run)))
-            unfinished = home / f".{stage}.copying"
+        config = folder / checkpoint.CONFIG
+        if begun and config.is_file() and read_json(config).get("stage") in STAGES:
+            found.setdefault(folder.name, []).append(folder)
+    for name, runs in found.items():
+        if not (home / name).exists():
+            furthest = max(runs, key=lambda run: len(checkpoint.read_history(run)))
+            unfinished = home / f".{name}.copying"
             shutil.rmtree(unfinished, ignore_errors=True)
             shutil.copytree(furthest, unfinished, ignore=shutil.ignore_patterns("wandb", ".*"))
             for path in [unfinished, *unfinished.rglob("*")]:
                 path.chmod(
                     path.stat().st_mode | 0o600 | (0o100 if path.is_dir() else 0)
                 )  # what is attached is read-only
-            unfinished.rename(home / stage)
-            print(f"{home / stage}: {len(checkpoint.read_history(furthest))} epochs, copied from {furthest}")
+            unfinished.rename(home / name)
+            print(f"{home / name}: {len(checkpoint.read_history(furthest))} epochs, copied from {furthest}")
 
 
 def find_data(home: Path) -> Path:
@@ -105,6 +106,8 @@ def find_data(home: Path) -> Path:
         print(f"data: nothing is attached, so street scenes are drawn into {raw}")
         draw_dataset(raw, DRAWN)
     unfinished = home / "processed.unfinished"  # an interrupted session goes on with it, and no other finds it
+    if processed.is_dir():  # somebody has begun it by hand
+        unfinished = processed
     status = preprocess(raw, unfinished, size)
     splits = choose_splits(raw, find_layout(raw), None)
     if status and not all((unfinished / f"stats_{split}.json").is_file() for split in splits):
