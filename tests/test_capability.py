@@ -1,5 +1,7 @@
 """GPUs that are there but cannot be used: told by faked capabilities, before anything else touches them."""
 
+import os
+
 import pytest
 import torch
 
@@ -79,12 +81,18 @@ def test_the_build_for_old_cards_is_pinned_and_from_pytorchs_own_index():
 
 
 @pytest.mark.parametrize("cuda, expected", [(None, "is a build for CPUs"), ("13.0", "needs a driver for CUDA 13.0")])
-def test_the_cpu_beside_a_gpu_is_never_silent(monkeypatch, cuda, expected):
+def test_the_cpu_beside_a_gpu_is_never_silent(monkeypatch, tmp_path, cuda, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(capability.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU 0: Tesla T4'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.warns(UserWarning, match=f"computing on the CPU: .*{expected}"):
         assert device.pick_device().type == "cpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert capability.unused_gpu() == ""  # hidden on purpose
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    tool.write_text("#!/bin/sh\necho 'No devices were found'; exit 6\n")
+    assert capability.unused_gpu() == ""

@@ -47,6 +47,14 @@ def test_raw_data_are_described(quick, capsys, raw):
     assert "train: 6 pairs of 256x128, ids " in said and "val: 4 pairs" in said
 
 
+def test_raw_data_without_a_pair_are_the_thing_to_change(quick, capsys, raw, tmp_path):
+    shutil.copytree(raw, tmp_path / "raw")
+    shutil.rmtree(tmp_path / "raw" / "gtFine" / "train")
+    (tmp_path / "raw" / "gtFine" / "train").mkdir()
+    status, said = examined(capsys, "--data", tmp_path / "raw")
+    assert status == 1 and "expected pairs of image and labels in train, found none" in said
+
+
 def test_data_that_cannot_be_used_are_the_thing_to_change(quick, capsys, processed, tmp_path):
     status, said = examined(capsys, "--data", tmp_path)
     assert status == 1 and "to change    " in said and "expected leftImg8bit/ and gtFine/" in said

@@ -4,6 +4,7 @@ import functools
 import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import torch
@@ -74,6 +75,9 @@ def unused_gpu() -> str:
     """Why a GPU that this machine has is not used, or "" when it has none or hides it on purpose."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1", "NoDevFiles")
     if torch.cuda.is_available() or hidden or not shutil.which("nvidia-smi"):
+        return ""
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    if not listed.stdout.startswith("GPU"):  # the driver's tools are installed, and there is no card
         return ""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build for CPUs; install one for CUDA"

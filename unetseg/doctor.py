@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import torch
 
-from . import capability, device, memory, stages, tracking
+from . import capability, device, memory, stages
 from .classes import CLASS_SETS
 from .data import load_split
 from .model import UNet
@@ -108,24 +108,28 @@ class Doctor:
                 about += f" of {ids.shape[1]}x{ids.shape[0]}, ids {ids.min()}..{ids.max()} in the first"
                 if unknown:
                     self.problems.append(f"{pairs[0].labels}: expected label ids, found {unknown} among them")
+            if not pairs:
+                self.problems.append(f"{path}: expected pairs of image and labels in {split}, found none")
             if alone:
                 about += f"; {len(alone)} files without their partner, such as {next(iter(alone.values()))}"
             self.say("", about)
         return len(class_set), (256, 256), {"train": counts.get("train", 0), "val": counts.get("val", 0)}
 
     def wandb(self) -> None:
+        try:
+            from . import tracking  # here, because a broken W&B is a finding
+        except ImportError as error:
+            self.say("W&B", f"cannot be imported ({error})", "install wandb, or set WANDB_MODE=disabled")
+            return
         said: list[str] = []
         mode = tracking.choose_mode(said.append)
-        key = "" if said or mode != "offline" else "; there is no key (WANDB_API_KEY)"
-        self.say("W&B", f"{mode}{key}{'; '.join(['', *said])}")
+        if not tracking.server_and_key()[1]:
+            said.append("there is no key (WANDB_API_KEY)")
+        self.say("W&B", "; ".join([mode, *said]))
 
     def times(self, num_classes: int, size: tuple[int, int], images: dict[str, int]) -> None:
         """How long each stage takes at its full schedule, by twenty measured steps of the default network."""
-        try:
-            where = device.pick_device()
-        except capability.NoKernels:
-            return
-        model = UNet(num_classes).to(where)
+        model = UNet(num_classes).to(device.pick_device())
         chosen = device.choose(model, size, compiled="no")
         self.say("precision", str(chosen))
         per_image = stages.seconds_per_image(model, size, chosen)
