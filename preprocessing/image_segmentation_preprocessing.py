@@ -208,10 +208,7 @@ def process_split(pool: Executor, split: str, pairs: list[Pair], **job) -> list[
     """Process all pairs of a split on the pool, in order, under a progress bar."""
     with ctrl_c_for_us_alone():
         results = pool.map(partial(process, split=split, **job), pairs, chunksize=max(1, min(16, len(pairs) // 128)))
-    try:
-        return list(tqdm(results, total=len(pairs), desc=split, unit="img", leave=False))
-    except BrokenProcessPool:
-        raise BadFile(f"{split}: a worker process died (out of memory?); rerun with fewer --workers") from None
+    return list(tqdm(results, total=len(pairs), desc=split, unit="img", leave=False))
 
 
 def edge_cases(records: list[Record], class_set: ClassSet) -> dict:
@@ -405,6 +402,9 @@ def main(argv: list[str] | None = None) -> int:
             left_out = run(args)
     except (BadFile, OSError) as error:
         log.error("error: %s", error)
+        return 1
+    except BrokenProcessPool:
+        log.error("error: a worker process died (out of memory?); rerun with fewer --workers")
         return 1
     except KeyboardInterrupt:
         log.error("interrupted; the same command goes on from here")

@@ -51,6 +51,19 @@ def test_any_number_of_val_images_is_halved_so(num, tmp_path):
     assert find_split(tmp_path, "val").stems == [f"{i:04d}" for i in val]
 
 
+def test_a_damaged_test_split_is_no_missing_one(copy):
+    """Else val, on which the best epoch was chosen, would be scored without a word."""
+    for folder in ("images_processed", "masks_processed"):
+        shutil.copytree(copy / folder / "val", copy / folder / "test")
+    for split in ("train", "val", "test"):
+        stats = json.loads((copy / f"stats_{'val' if split == 'test' else split}.json").read_text())
+        (copy / f"stats_{split}.json").write_text(json.dumps(stats | {"layout": "camvid"}))
+    assert scored_split(copy) == "test"
+    next((copy / "masks_processed" / "test").iterdir()).unlink()
+    with pytest.raises(ValueError, match="image without a mask"):
+        scored_split(copy)
+
+
 def test_without_val_a_fifth_of_train_is_held_out_and_said(copy):
     shutil.rmtree(copy / "images_processed" / "val")
     train, val = find_split(copy, "train"), find_split(copy, "val")

@@ -135,6 +135,13 @@ def test_a_run_on_other_data_or_weights_is_refused(home, processed, tmp_path, ca
     assert "init_sha256: " in said and "data_sha256: " in said
 
 
+def test_a_run_whose_best_weights_are_gone_is_refused(home, processed, tmp_path, capsys):
+    shutil.copytree(home / "scratch", tmp_path / "scratch")
+    (tmp_path / "scratch" / "model.safetensors").unlink()
+    assert command("train", "scratch", "--data", processed, "--out", tmp_path / "scratch", *TINY) == 1
+    assert "expected the best weights so far, model.safetensors, found none" in capsys.readouterr().err
+
+
 def test_train_and_val_of_different_sizes_are_refused(processed, raw, tmp_path, capsys):
     shutil.copytree(processed, tmp_path / "data")
     options = ["--size", "32", "--splits", "train", "--log_level", "ERROR"]

@@ -151,7 +151,7 @@ def _room(shape: tuple[int, ...]) -> np.ndarray:
     The file has no name and goes with the process; its folder is the system's for temporary files (TMPDIR).
     """
     size = int(np.prod(shape))
-    if 2 * size < memory.free_bytes():
+    if 2 * size * processes.on_this_machine() < memory.free_bytes():
         return np.empty(shape, np.uint8)
     allocate = getattr(os, "posix_fallocate", lambda file, start, size: os.truncate(file, size))
     try:

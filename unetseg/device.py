@@ -155,13 +155,13 @@ def _repays(model: nn.Module, size: tuple[int, int], chosen: Choice, num_steps: 
     if not can_compile(next(model.parameters()).device):
         return False
     how = chosen.precision, chosen.memory_format
-    plain, _ = _time(model, size, *how, batch_size=8)
-    if plain * num_steps < 20 * COMPILING:
-        return False
-    start = time.perf_counter()
     try:
+        plain, _ = _time(model, size, *how, batch_size=8)
+        if plain * num_steps < 20 * COMPILING:
+            return False
+        start = time.perf_counter()
         fast, _ = _time(model, size, *how, batch_size=8, compiled=True)
-    except Exception:  # a compiler fails in many ways, and nothing depends on it
+    except Exception:  # no memory for 8 images, or a compiler's many ways to fail; nothing depends on it
         return False
     cost = time.perf_counter() - start
     return fast * CLEARLY < plain and (plain - fast) * num_steps > 2 * cost
@@ -180,7 +180,7 @@ def _time(
     """Seconds per forward (and backward) pass, the faster of two after one to warm up, and the logits.
 
     limit  when the first takes as long, it is not done again
-    The model is left as it was.
+    The model's values are left as they were; its memory format is whatever was timed last.
     """
     was_training, state = model.training, {key: value.clone() for key, value in model.state_dict().items()}
     generator = torch.Generator().manual_seed(0)

@@ -27,6 +27,7 @@ from .trainer import LossFn, Trainer, TrainingStopped, forward
 SAVE_SECONDS = 180.0  # training that a killed process may lose
 MAX_SKIPPED = 10  # steps in a row without a finite loss and gradient; fp16 needs some to find its loss scale
 LOOK_STEPS = 10  # between two looks at the sums on a GPU, which has to wait for them
+USUALLY_SKIPPED = 5  # steps of an epoch in fp16, which tries now and then how large the loss scale may be
 COLLAPSED = 0.99  # share of all predictions that one class may have
 
 
@@ -165,6 +166,8 @@ def fit(
     job, session = keeper.job, keeper.session
     position, size = keeper.position, len(train_batches.dataset)
     done = len(position.history) * size + min(position.step * train_batches.batch_size, size)
+    if keeper.trainer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     bar = tqdm(desc=job.run.name, total=job.num_epochs * size, initial=done, unit="img", mininterval=1)
     with session, bar as progress:
         try:
@@ -192,7 +195,8 @@ def run_epoch(
     seconds = position.seconds + time.perf_counter() - start
     speed = len(train_batches.dataset) / max(position.seconds, 1e-9)
     row |= {"lr": trainer.lr, "seconds": seconds, "images_per_second": speed}
-    raise_concerns(row, skipped, result.confusion, job.names)
+    usual = USUALLY_SKIPPED if trainer.precision == "fp16" else 0
+    raise_concerns(row, skipped if skipped > usual else 0, result.confusion, job.names)
     best = max((earlier["val_miou"] for earlier in position.history), default=-1.0)
     if row["val_miou"] > best:
         keeper.save_best(row)

@@ -21,6 +21,7 @@ from .pictures import BadFile, overlay, read_photo
 from .processed import scored_split
 from .trainer import forward
 
+MOST_PIXELS = 8 * 1024 * 512  # that are scored at once
 OUTPUT = ("ids", "colour", "overlay")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -53,7 +54,10 @@ def evaluate_run(run: Path, processed: Path, split: str | None = None) -> dict:
         expected = {key: metadata[key] for key in found}
         raise ValueError(f"{processed}: expected the data that {run} was trained on, {expected}; found {found}")
     names, where = dataset.class_set.names, next(model.parameters()).device
-    progress = tqdm(Batches(dataset, 8, where).epoch(), desc=f"scoring {run.name}", unit="batch", leave=False, delay=1)
+    at_once = min(8, max(1, MOST_PIXELS // (dataset.size[0] * dataset.size[1])))
+    progress = tqdm(
+        Batches(dataset, at_once, where).epoch(), desc=f"scoring {run.name}", unit="batch", leave=False, delay=1
+    )
     result = engine.evaluate(model, progress, len(names), losses.cross_entropy)
     history = checkpoint.read_history(run)
     results = {

@@ -15,6 +15,10 @@ from .files import read_bytes, read_json
 from .pictures import read_png
 
 
+class NoSplit(ValueError):
+    """The folder has no such split."""
+
+
 @dataclass(frozen=True)
 class Split:
     """Which files make up a split: the folder they lie in, their stems, and where the split comes from, in words."""
@@ -26,7 +30,7 @@ class Split:
 
 
 def find_split(processed: Path, name: str) -> Split:
-    """The files of a split, as DESIGN's rules cut them. Raises ValueError when the folder has no such split.
+    """The files of a split, as DESIGN's rules cut them. Raises NoSplit, or ValueError for one that is damaged.
 
     Cityscapes' val is halved into test and val as scikit-learn's train_test_split(indices, test_size=0.5,
     random_state=42) does (first half returned = test). Without a val folder, a seeded fifth of train is held out.
@@ -41,7 +45,7 @@ def find_split(processed: Path, name: str) -> Split:
             return half
     folder = "val" if name == "val_all" else name
     if not (processed / "images_processed" / folder).is_dir() or (layout == "cityscapes" and name == "test"):
-        raise ValueError(f"{processed}: expected a split {name!r}, found none; process it, or choose another split")
+        raise NoSplit(f"{processed}: expected a split {name!r}, found none; process it, or choose another split")
     stems = _stems(processed, folder)
     return Split(name, folder, stems, f"all {len(stems)} {folder} images")
 
@@ -65,7 +69,7 @@ def scored_split(processed: Path) -> str:
     """The split that final scores are taken on: "test" where there is one, else "val"."""
     try:
         find_split(processed, "test")
-    except ValueError:
+    except NoSplit:
         return "val"
     return "test"
 

@@ -119,6 +119,8 @@ def train(
     started = time.monotonic() if started is None else started
     settings, session = resolve(settings), Session(settings.max_minutes, started)
     run, identity = Path(settings.out), identify(settings, train_set, val_set)
+    if differing := differences(processes.from_first(lambda: identity), identity):
+        raise ValueError("\n".join(["expected what the first process was given, found (there, here):", *differing]))
     config = processes.from_first(partial(claim, run, identity))
     if config and len(history := processes.from_first(partial(recorded, run))) >= settings.epochs:
         return history
@@ -184,7 +186,8 @@ def run_stage(
     train_batches = Batches(train_set, settings.batch_size, where, settings.seed, augmentation(settings, train_set))
     val_batches = Batches(val_set, settings.batch_size, where)
     num_steps = settings.epochs * len(train_batches)
-    how = config["precision"], config["memory_format"], config["compile"]
+    compiled = config["compile"] and (processes.count() == 1 or settings.compile == "yes")  # it was tried with one
+    how = config["precision"], config["memory_format"], compiled
     trainer = Trainer(model, num_steps, settings.lr, settings.weight_decay, *how)
     job = engine.Job(run, settings.epochs, train_set.class_set.names, settings.void, config)
     keeper, loss_fn = engine.Keeper(trainer, job, session), loss_function(settings, train_set, where)
@@ -201,11 +204,16 @@ def run_stage(
 
 
 def recorded(run: Path) -> list[dict]:
-    """The history in a run's state, or, where somebody has deleted that, in history.csv."""
+    """The history in a run's state, or, where somebody has deleted that, in history.csv.
+
+    Raises ValueError when the best weights of these epochs are missing.
+    """
     state = checkpoint.load_state(run)
     if state is None:
         return checkpoint.read_history(run)
     history = state["position"]["history"]
+    if history and not (run / checkpoint.WEIGHTS).is_file():
+        raise ValueError(f"{run}: expected the best weights so far, {checkpoint.WEIGHTS}, found none; begin a new run")
     if history:
         with contextlib.suppress(OSError):  # of a run that is attached read-only
             checkpoint.write_history(run, history)  # its last row may be missing
@@ -253,17 +261,20 @@ def claim(run: Path, identity: dict) -> dict | None:
             raise ValueError(f"{run}: holds {' and '.join(strangers)} of an unknown run; choose another folder")
         return None
     config = checkpoint.read_config(run)
+    if changed := differences(config, identity):
+        begun = f"{run} was begun with other settings; choose another folder or delete it:"
+        raise ValueError("\n".join([begun, *changed]))
+    return config if strangers else None  # nothing was trained yet: begin anew
+
+
+def differences(config: dict, identity: dict) -> list[str]:
+    """What makes them two runs, a line each."""
     then, now = ({**facts, **facts["settings"]} for facts in (config, identity))
-    changed = [
+    return [
         f"  {key}: {reprlib.repr(then.get(key))} there, {reprlib.repr(now[key])} now"
         for key in now
         if key not in FREE and then.get(key) != now[key]
     ]
-    if changed:
-        raise ValueError(
-            "\n".join([f"{run} was begun with other settings; choose another folder or delete it:", *changed])
-        )
-    return config if strangers else None  # nothing was trained yet: begin anew
 
 
 def warn_of_moving(config: dict, model: nn.Module) -> None:

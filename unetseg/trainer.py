@@ -39,7 +39,7 @@ class Trainer:
         memory.keep_freed()
         self.device = next(model.parameters()).device
         self.model, self.precision = model.to(memory_format=FORMATS[memory_format]), precision
-        self.compiled, self.shape = torch.compile(model, dynamic=False) if compiled else model, None
+        self.compiled, self.largest = torch.compile(model, dynamic=False) if compiled else model, 0
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
         self.schedule = {"max_lr": lr, "total_steps": max(num_steps, 6), "pct_start": 0.2, "cycle_momentum": False}
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, **self.schedule)
@@ -133,8 +133,8 @@ class Trainer:
         With several parts, the loss and its gradient at the logits are taken on all of them, before each part goes
         through once more. After Gao et al., "Scaling Deep Contrastive Learning Batch Size", RepL4NLP 2021.
         """
-        self.shape = self.shape or images.shape  # an epoch's last, smaller batch is not worth compiling for
-        model = self.compiled if images.shape == self.shape else self.model
+        self.largest = max(self.largest, len(images))  # an epoch's last, smaller batch is not worth compiling for
+        model = self.compiled if len(images) == self.largest else self.model
         if processes.count() > 1:
             return self._backward_together(model, images, masks, loss_fn)
         if self.part >= len(images):
