@@ -32,8 +32,8 @@ def begin() -> None:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
-    for starter in (os.getppid(), os.environ.get(LAUNCHER, os.getppid())):  # torchrun and, where it was, `launch`
-        threading.Thread(target=_end_with, args=(int(starter),), daemon=True).start()
+    for starter in {os.getppid(), int(os.environ.get(LAUNCHER, 0))} - {0}:  # torchrun and, where it was, `launch`
+        threading.Thread(target=_end_with, args=(starter,), daemon=True).start()
     gpus, here = torch.cuda.device_count(), on_this_machine()
     if 0 < gpus < here:
         raise ValueError(f"expected a GPU for each of the {here} processes on this machine, found {gpus}; start {gpus}")
