@@ -135,11 +135,16 @@ class Doctor:
         per_image = stages.seconds_per_image(model, size, chosen)
         work = images["train"] + images["val"] / 3
         hours = {name: stage.epochs * work * per_image / 3600 for name, stage in STAGES.items()}
-        parts = ", ".join(f"{name} {hour:.1f} h" for name, hour in hours.items())
+        parts = ", ".join(f"{name} {duration(hour)}" for name, hour in hours.items())
         sessions = -(-sum(hours.values()) // SESSION)
         fits = "fits a Kaggle session" if sessions <= 1 else f"takes {sessions:.0f} Kaggle sessions"
         self.say("training", f"{1 / per_image:.1f} images/s (channels 32, depth 4, {size[0]}x{size[1]}): {parts}")
-        self.say("", f"all three: {sum(hours.values()):.1f} h, {fits} of {SESSION} h")
+        self.say("", f"all three: {duration(sum(hours.values()))}, {fits} of {SESSION} h")
+
+
+def duration(hours: float) -> str:
+    """As text: in minutes below one hour."""
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
 
 
 def examine(data: Path | None) -> int:
