@@ -1,6 +1,7 @@
 """python -m unetseg scenes | train | evaluate | predict | doctor"""
 
 import argparse
+import atexit
 import os
 import signal
 import sys
@@ -180,13 +181,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process; one of several at once, because gloo's threads may abort Python's own way out.
+    """End this process; one of several without Python's last steps, in which gloo's threads may abort it.
 
     See pytorch/pytorch#179291; destroying the process group first does not end them where the optimiser was imported.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
     if os.environ.get("WORLD_SIZE", "1") != "1":
+        atexit._run_exitfuncs()  # multiprocessing's, say
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 
