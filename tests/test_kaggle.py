@@ -212,6 +212,35 @@ def test_the_two_archives_of_cityscapes_side_by_side(mounts, raw, tmp_path):
     assert len(list((found / "leftImg8bit").rglob("*.png"))) == 10
 
 
+def test_one_archive_of_cityscapes_alone_is_no_reason_to_draw_scenes(mounts, raw, tmp_path):
+    shutil.copytree(raw / "leftImg8bit", mounts / "datasets" / "me" / "cityscapes" / "leftImg8bit")
+    with pytest.raises(ValueError, match="expected gtFine to go with it, found none; attach both"):
+        place.find_data(tmp_path / "runs")
+
+
+def test_other_peoples_models_are_passed_over(mounts, tmp_path):
+    for number, config in enumerate(("[]", '{"stage": ["scratch"]}', '{"stage": "sdxl"}', "no JSON")):
+        model = mounts / f"model{number}"
+        model.mkdir()
+        (model / "model.safetensors").write_text("x")
+        (model / "config.json").write_text(config)
+    place.bring_runs(tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_half_processed_data_are_not_taken_for_whole(mounts, raw, processed, tmp_path, capsys):
+    """The output of a session that ended in preprocessing, beside the raw data; then beside whole ones, two of them."""
+    output = mounts / "notebooks" / "me" / "all" / "runs" / place.UNFINISHED
+    shutil.copytree(processed, output)
+    shutil.copytree(raw, mounts / "datasets" / "me" / "scenes")
+    assert place.find_data(tmp_path / "runs") == tmp_path / "runs" / "processed"
+    assert "made from" in capsys.readouterr().out
+    for name in ("a", "b"):
+        shutil.copytree(processed, mounts / name)
+    assert place.find_data(tmp_path / "other") == mounts / "a"
+    assert f"attached (not taken: {mounts / 'b'})" in capsys.readouterr().out
+
+
 def test_without_the_secret_runs_are_offline(mounts, monkeypatch, capsys):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     place.take_key()

@@ -1,5 +1,6 @@
 """Where a notebook finds itself: what is attached to it (on Kaggle, below /kaggle/input), and what is to be made."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -15,7 +16,8 @@ from .scenes import draw_dataset
 from .settings import STAGES, Settings
 
 KAGGLE = Path("/kaggle")
-DEEPEST = 5  # folders below /kaggle/input that are looked into: datasets/<owner>/<slug>/<two more>
+DEEPEST = 6  # folders below /kaggle/input that are looked into: datasets/<owner>/<slug>/<three more>
+UNFINISHED = "processed.unfinished"  # the processed folder while preprocessing is at work
 SCRIPT = Path(__file__).resolve().parents[1] / "preprocessing" / "image_segmentation_preprocessing.py"
 DRAWN = {"train": 64, "val": 40}
 
@@ -71,9 +73,7 @@ def bring_runs(home: Path) -> None:
     """Copy attached runs into `home`: of each name that is not there, the one that has come furthest."""
     found: dict[str, list[Path]] = {}
     for folder in attached():
-        begun = any((folder / name).is_file() for name in (checkpoint.WEIGHTS, checkpoint.STATE))
-        config = folder / checkpoint.CONFIG
-        if begun and config.is_file() and read_json(config).get("stage") in STAGES:
+        if is_run(folder):
             found.setdefault(folder.name, []).append(folder)
     for name, runs in found.items():
         if not (home / name).exists():
@@ -89,6 +89,14 @@ def bring_runs(home: Path) -> None:
             print(f"{home / name}: {len(checkpoint.read_history(furthest))} epochs, copied from {furthest}")
 
 
+def is_run(folder: Path) -> bool:
+    """Whether the folder holds one of our runs, with weights or a state; other people's models have a config, too."""
+    begun = any((folder / name).is_file() for name in (checkpoint.WEIGHTS, checkpoint.STATE))
+    with contextlib.suppress(ValueError, OSError):
+        return begun and read_json(folder / checkpoint.CONFIG).get("stage") in list(STAGES)
+    return False
+
+
 def find_data(home: Path) -> Path:
     """The processed folder of data="auto"."""
     processed = home / "processed"
@@ -96,16 +104,18 @@ def find_data(home: Path) -> Path:
         print(f"data: {processed}, made before")
         return processed
     folders = list(attached())
-    for folder in folders:
-        if (folder / "stats_train.json").is_file() and (folder / "images_processed").is_dir():
-            print(f"data: {folder}, attached")
-            return folder
+    ready = [f for f in folders if (f / "stats_train.json").is_file() and (f / "images_processed").is_dir()]
+    ready = [folder for folder in ready if folder.name != UNFINISHED]
+    if ready:
+        others = f" (not taken: {', '.join(map(str, ready[1:]))})" if ready[1:] else ""
+        print(f"data: {ready[0]}, attached{others}")
+        return ready[0]
     raw, size = find_raw(folders, home), "256"
     if raw is None:
         raw, size = home / "scenes", "192x96"
         print(f"data: nothing is attached, so street scenes are drawn into {raw}")
         draw_dataset(raw, DRAWN)
-    unfinished = home / "processed.unfinished"  # an interrupted session goes on with it, and no other finds it
+    unfinished = home / UNFINISHED  # an interrupted session goes on with it, and no other finds it
     if processed.is_dir():  # somebody has begun it by hand
         unfinished = processed
     status = preprocess(raw, unfinished, size)
@@ -118,7 +128,10 @@ def find_data(home: Path) -> Path:
 
 
 def find_raw(folders: list[Path], home: Path) -> Path | None:
-    """The raw data set among the folders; Cityscapes' two archives, unpacked side by side, are linked into one."""
+    """The raw data set among the folders; Cityscapes' two archives, unpacked side by side, are linked into one.
+
+    Raises ValueError when only one of the two is there.
+    """
     for folder in folders:
         try:
             find_layout(folder)
@@ -126,8 +139,12 @@ def find_raw(folders: list[Path], home: Path) -> Path | None:
         except ValueError:
             continue
     parts = {name: next((f for f in folders if f.name == name), None) for name in ("leftImg8bit", "gtFine")}
-    if None in parts.values():
+    if not any(parts.values()):
         return None
+    for name, folder in parts.items():
+        if folder is None:
+            there = next(filter(None, parts.values()))
+            raise ValueError(f"{there}: expected {name} to go with it, found none; attach both archives of Cityscapes")
     (home / "raw").mkdir(parents=True, exist_ok=True)
     for name, folder in parts.items():
         if not (home / "raw" / name).exists():  # or it leads to where the data were attached before
