@@ -49,7 +49,7 @@ def fill_answer(notebook: nbformat.NotebookNode, run: Path) -> None:
     answer = (
         f"**Answer.** mIoU **{score['mIoU']:.3f}**{person} on {results['split_note']} (split `{results['split']}`), "
         f"{width}x{height}, void rule `{results['trained_void']}`, seed {results['seed']}; "
-        f"trained in {results['train_seconds'] / 60:.0f} minutes on {results['device']}, torch {results['torch']}."
+        f"trained in {results['train_seconds'] / 60:.1f} minutes on {results['device']}, torch {results['torch']}."
     )
     cell = next(cell for cell in notebook.cells if "**Answer.**" in cell.source)
     cell.source = re.sub(r"^\*\*Answer\.\*\*.*$", lambda match: answer, cell.source, flags=re.MULTILINE)
