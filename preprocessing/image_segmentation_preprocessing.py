@@ -195,7 +195,11 @@ def open_pool(workers: int, dask: str | None) -> Iterator[Executor]:
             exec(find_code)
 
     find_code = f"import sys; sys.path[:0] = {[str(folder) for folder in PLACES]}"
-    with Client(dask) as client:
+    try:
+        client = Client(dask)
+    except (ValueError, OSError) as error:
+        raise BadFile(f"--dask {dask}: expected a scheduler's address (tcp://host:8786), found: {error}") from None
+    with client:
         client.run_on_scheduler(exec, find_code)  # it unpacks the tasks that it passes on
         client.register_plugin(Paths())
         try:

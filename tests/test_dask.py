@@ -48,7 +48,9 @@ def test_a_cluster_gives_the_same_bytes_though_a_worker_is_killed(cluster, tmp_p
     assert tree(tmp_path / "there") == tree(tmp_path / "here")
 
 
-def test_an_address_where_nobody_answers(tmp_path, raw):
-    command = ["--data_dir", str(raw), "--output_dir", str(tmp_path), "--dask", "tcp://127.0.0.1:9"]
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "scheduler"])
+def test_an_address_where_nobody_answers(tmp_path, raw, capsys, address):
+    command = ["--data_dir", str(raw), "--output_dir", str(tmp_path), "--dask", address]
     with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
         assert preprocessing.main(command) == 1
+    assert f"--dask {address}: expected a scheduler's address" in capsys.readouterr().err

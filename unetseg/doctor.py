@@ -72,7 +72,7 @@ class Doctor:
             self.say("data", "none given (--data): times are for Cityscapes at 256x256")
             return assumed
         try:
-            if (path / "stats_train.json").is_file():
+            if (path / "images_processed").is_dir():
                 return self._processed(path)
             return self._raw(path)
         except (ValueError, OSError) as error:
