@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unetseg import stages
+from unetseg import device, stages
 from unetseg.__main__ import main
 from unetseg.checkpoint import load_state, load_weights, read_history
 from unetseg.session import Session
@@ -182,3 +182,10 @@ def test_predict_takes_a_weights_file_and_refuses_nothing_found(home, tmp_path, 
 def test_scenes_command(tmp_path):
     assert command("scenes", tmp_path / "s", "--train", 1, "--val", 1, "--size", "128x64") == 0
     assert Image.open(next((tmp_path / "s").glob("gtFine/train/drawn/*_labelIds.png"))).size == (128, 64)
+
+
+def test_where_it_computes_is_said(processed, tmp_path, capsys, monkeypatch):
+    """A forgotten accelerator should be seen at the first line, not after hours."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert command("train", "scratch", "--data", processed, "--out", tmp_path / "run", *TINY) == 0
+    assert f"run on {device.device_name(torch.device('cpu'))}: fp32, " in capsys.readouterr().err

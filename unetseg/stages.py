@@ -287,8 +287,8 @@ def warn_of_moving(config: dict, model: nn.Module) -> None:
 
 def describe(settings: Settings, train_set: SegmentationSet, val_set: SegmentationSet, model: nn.Module) -> dict:
     """What config.json holds besides the run's identity: facts about data, network and machine."""
-    chosen = choose(settings, train_set, model)
-    tqdm.write(f"{Path(settings.out).name}: {chosen}", file=sys.stderr)
+    chosen, name = choose(settings, train_set, model), device.device_name(next(model.parameters()).device)
+    tqdm.write(f"{Path(settings.out).name} on {name}: {chosen}", file=sys.stderr)
     return {
         **asdict(chosen),
         **{key: getattr(settings, key) for key in ("stage", "channels", "depth", "void", "seed")},
@@ -298,7 +298,7 @@ def describe(settings: Settings, train_set: SegmentationSet, val_set: Segmentati
         "train_note": train_set.split.note,
         "val_note": val_set.split.note,
         "parameters": sum(weight.numel() for weight in model.parameters()),
-        "device": device.device_name(next(model.parameters()).device),
+        "device": name,
         "torch": str(torch.__version__),
         "commit": commit(),
     }
