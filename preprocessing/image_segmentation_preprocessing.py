@@ -15,7 +15,7 @@ import signal
 import sys
 import zlib
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import CancelledError, Executor, Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -30,6 +30,7 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+WORKERS_WITHIN = 60  # seconds that a Dask cluster may take to have its first worker
 PLACES = [Path(__file__).resolve().parents[1], Path(__file__).resolve().parent]  # of unetseg, and of this file
 sys.path.insert(0, str(PLACES[0]))
 from unetseg.classes import CLASS_SETS, IGNORE_INDEX, ClassSet
@@ -191,8 +192,11 @@ def open_pool(workers: int, dask: str | None) -> Iterator[Executor]:
     class Paths(WorkerPlugin):
         """Lets each worker, also one that replaces a dead one, find this code."""
 
+        def __init__(self, code: str) -> None:
+            self.code = code
+
         def setup(self, worker: object) -> None:
-            exec(find_code)
+            exec(self.code)
 
     find_code = f"import sys; sys.path[:0] = {[str(folder) for folder in PLACES]}"
     try:
@@ -201,9 +205,15 @@ def open_pool(workers: int, dask: str | None) -> Iterator[Executor]:
         raise BadFile(f"--dask {dask}: expected a scheduler's address (tcp://host:8786), found: {error}") from None
     with client:
         client.run_on_scheduler(exec, find_code)  # it unpacks the tasks that it passes on
-        client.register_plugin(Paths())
+        client.register_plugin(Paths(find_code))
+        try:
+            client.wait_for_workers(1, timeout=WORKERS_WITHIN)
+        except TimeoutError:
+            raise BadFile(f"{dask}: expected workers, found none in {WORKERS_WITHIN} s; start some") from None
         try:
             yield client.get_executor(pure=False)
+        except CancelledError as error:
+            raise BadFile(f"{dask}: the scheduler has gone ({error}); the same command goes on from here") from None
         except KilledWorker as error:
             raise BadFile(f"{dask}: workers died again and again (out of memory?): {error}") from None
 

@@ -94,5 +94,12 @@ def test_the_cpu_beside_a_gpu_is_never_silent(monkeypatch, tmp_path, cuda, expec
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert capability.unused_gpu() == ""  # hidden on purpose
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    tool.write_text("#!/bin/sh\necho 'No devices were found'; exit 6\n")
-    assert capability.unused_gpu() == ""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert cuda is None or capability.unused_gpu() == "CUDA_VISIBLE_DEVICES=7 leaves none of those here"
+    tool.write_text("#!/bin/sh\necho 'Failed to initialize NVML: Driver/library version mismatch'; exit 18\n")
+    monkeypatch.setattr(capability, "PCI", tmp_path / "pci")
+    assert capability.unused_gpu() == ""  # the driver's tools are installed, and there is no card
+    (tmp_path / "pci" / "0000:01:00.0").mkdir(parents=True)
+    (tmp_path / "pci" / "0000:01:00.0" / "vendor").write_text("0x10de\n")
+    (tmp_path / "pci" / "0000:01:00.0" / "class").write_text("0x030200\n")
+    assert "its driver does not work (nvidia-smi: Failed to initialize NVML" in capability.unused_gpu()

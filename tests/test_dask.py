@@ -48,6 +48,14 @@ def test_a_cluster_gives_the_same_bytes_though_a_worker_is_killed(cluster, tmp_p
     assert tree(tmp_path / "there") == tree(tmp_path / "here")
 
 
+def test_a_cluster_without_workers(tmp_path, raw, capsys, monkeypatch):
+    monkeypatch.setattr(preprocessing, "WORKERS_WITHIN", 1)
+    command = ["--data_dir", str(raw), "--output_dir", str(tmp_path)]
+    with LocalCluster(n_workers=0, dashboard_address=None) as empty:
+        assert preprocessing.main([*command, "--dask", empty.scheduler_address]) == 1
+    assert "expected workers, found none in 1 s" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "scheduler"])
 def test_an_address_where_nobody_answers(tmp_path, raw, capsys, address):
     command = ["--data_dir", str(raw), "--output_dir", str(tmp_path), "--dask", address]

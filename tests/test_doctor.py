@@ -55,6 +55,24 @@ def test_raw_data_without_a_pair_are_the_thing_to_change(quick, capsys, raw, tmp
     assert status == 1 and "expected pairs of image and labels in train, found none" in said
 
 
+def test_raw_data_without_train_or_with_half_a_file_are_the_thing_to_change(quick, capsys, raw, tmp_path):
+    shutil.copytree(raw, tmp_path / "raw")
+    picture = sorted((tmp_path / "raw" / "leftImg8bit" / "train").rglob("*.png"))[2]
+    picture.write_bytes(picture.read_bytes()[:100])
+    status, said = examined(capsys, "--data", tmp_path / "raw")
+    assert status == 1 and f"{picture}: expected a whole PNG file" in said and "1 truncated files" in said
+    for part in ("leftImg8bit", "gtFine"):
+        shutil.rmtree(tmp_path / "raw" / part / "train")
+    status, said = examined(capsys, "--data", tmp_path / "raw")
+    assert status == 1 and "expected a split train, found val" in said
+
+
+def test_settings_that_wandb_refuses_are_the_thing_to_change(quick, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offlin")
+    status, said = examined(capsys)
+    assert status == 1 and "to change    mend W&B's settings" in said
+
+
 def test_data_that_cannot_be_used_are_the_thing_to_change(quick, capsys, processed, tmp_path):
     status, said = examined(capsys, "--data", tmp_path)
     assert status == 1 and "to change    " in said and "expected leftImg8bit/ and gtFine/" in said

@@ -177,7 +177,7 @@ def test_a_session_is_over_before_its_minutes_are():
 def test_out_of_time_returns_the_history_so_far_and_says_how_to_go_on(sets, tmp_path, capsys):
     _, history = train(sets, tmp_path, session=Stopping([6]))
     assert len(history) == 1
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "stopped (test) in epoch 2 of 4, after step 2 of 3; saved: the same again goes on from here" in said
 
 

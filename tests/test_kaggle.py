@@ -212,6 +212,20 @@ def test_the_two_archives_of_cityscapes_side_by_side(mounts, raw, tmp_path):
     assert len(list((found / "leftImg8bit").rglob("*.png"))) == 10
 
 
+def test_what_is_not_taken_is_said(mounts, raw, processed, tmp_path, monkeypatch, capsys):
+    """A first trial's output beside the raw data it was a trial for; then data in a layout that is not known."""
+    shutil.copytree(processed, mounts / "notebooks" / "me" / "trial" / "runs" / "processed")
+    shutil.copytree(raw, mounts / "datasets" / "me" / "cityscapes")
+    place.find_data(tmp_path / "runs")
+    assert f"attached (not taken: {mounts / 'datasets' / 'me' / 'cityscapes'})" in capsys.readouterr().out
+    shutil.rmtree(mounts)
+    pictures = mounts / "datasets" / "me" / "camvid" / "train"
+    shutil.copytree(next((raw / "leftImg8bit" / "train").iterdir()), pictures)
+    monkeypatch.setattr(place, "DRAWN", {"train": 2, "val": 2})
+    place.find_data(tmp_path / "runs")
+    assert f"data: nothing in a known layout, only pictures in {pictures}, is attached" in capsys.readouterr().out
+
+
 def test_one_archive_of_cityscapes_alone_is_no_reason_to_draw_scenes(mounts, raw, tmp_path):
     shutil.copytree(raw / "leftImg8bit", mounts / "datasets" / "me" / "cityscapes" / "leftImg8bit")
     with pytest.raises(ValueError, match="expected gtFine to go with it, found none; attach both"):
@@ -238,7 +252,7 @@ def test_half_processed_data_are_not_taken_for_whole(mounts, raw, processed, tmp
     for name in ("a", "b"):
         shutil.copytree(processed, mounts / name)
     assert place.find_data(tmp_path / "other") == mounts / "a"
-    assert f"attached (not taken: {mounts / 'b'})" in capsys.readouterr().out
+    assert f"attached (not taken: {mounts / 'b'}, " in capsys.readouterr().out
 
 
 def test_without_the_secret_runs_are_offline(mounts, monkeypatch, capsys):

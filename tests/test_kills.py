@@ -88,7 +88,7 @@ def test_a_signal_saves_the_state_and_gives_its_exit_status(train, tmp_path, num
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == status and "Traceback" not in err, err
-    assert f"stopped ({number.name}) in epoch" in out and "the same again goes on from here" in out
+    assert f"stopped ({number.name}) in epoch" in err and "the same again goes on from here" in err
     assert checkpoint.load_state(tmp_path / "run")["position"]["history"]
 
 
@@ -96,7 +96,7 @@ def test_out_of_time_ends_with_status_0_in_time(train, tmp_path):
     began = time.monotonic()
     process = start("-m", "unetseg", *train("run"), "--epochs", 100_000, "--max-minutes", 0.3)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and "stopped (the time is up) in epoch" in out, err
+    assert process.returncode == 0 and "stopped (the time is up) in epoch" in err, out
     assert time.monotonic() - began < 18 + 6  # 6 seconds for Python itself to start and end
     assert checkpoint.load_state(tmp_path / "run")
 

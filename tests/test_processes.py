@@ -164,8 +164,9 @@ def test_one_setting_starts_them(processed, tmp_path, monkeypatch, capfd):
         stages.train(bad, *stages.load_sets(bad))
 
 
-def test_ctrl_c_reaches_all_and_the_run_is_saved(processed, tmp_path):
-    """As a terminal sends it, to the command and the processes it started."""
+@pytest.mark.parametrize("send", [os.killpg, os.kill])
+def test_ctrl_c_reaches_all_and_the_run_is_saved(processed, tmp_path, send):
+    """As a terminal sends it, to all that is in the foreground, and as `kill -INT` does, to the command alone."""
     out = tmp_path / "run"
     command = [sys.executable, "-m", "unetseg", "train", "scratch", "--num-processes=2", f"--data={processed}", *TINY]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
@@ -175,9 +176,10 @@ def test_ctrl_c_reaches_all_and_the_run_is_saved(processed, tmp_path):
     while not (out / checkpoint.HISTORY).exists():
         assert process.poll() is None
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)
+    send(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and b"the same command goes on from here" in err
+    assert b"stopped (SIGINT) in epoch" in err
     position = checkpoint.load_state(out)["position"]
     assert len(position["history"]) == len(checkpoint.read_history(out)) > 0
 

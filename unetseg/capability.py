@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+PCI = Path("/sys/bus/pci/devices")
 PASCAL = Path(__file__).resolve().parents[1] / "requirements-pascal.txt"
 
 
@@ -71,14 +72,28 @@ def ways_out(capability: tuple[int, int]) -> str:
     return "What to do: " + "; ".join(ways)
 
 
+def _is_card(device: Path) -> bool:
+    """Whether a device on the PCI bus is an NVIDIA display or 3D controller."""
+    try:
+        return (device / "vendor").read_text().strip() == "0x10de" and (device / "class").read_text().startswith("0x03")
+    except OSError:
+        return False
+
+
 def unused_gpu() -> str:
     """Why a GPU that this machine has is not used, or "" when it has none or hides it on purpose."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1", "NoDevFiles")
-    if torch.cuda.is_available() or hidden or not shutil.which("nvidia-smi"):
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if torch.cuda.is_available() or visible in ("", "-1", "NoDevFiles") or not shutil.which("nvidia-smi"):
         return ""
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    if not listed.stdout.startswith("GPU"):  # the driver's tools are installed, and there is no card
-        return ""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"its driver does not answer ({error})"
+    if not listed.stdout.startswith("GPU"):
+        said = (listed.stdout + listed.stderr).strip().partition("\n")[0]
+        return f"its driver does not work (nvidia-smi: {said})" if any(map(_is_card, PCI.glob("*"))) else ""
+    if visible is not None:
+        return f"CUDA_VISIBLE_DEVICES={visible} leaves none of those here"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build for CPUs; install one for CUDA"
     return f"torch {torch.__version__} needs a driver for CUDA {torch.version.cuda}; see `nvidia-smi` for the one here"

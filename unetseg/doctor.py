@@ -108,11 +108,16 @@ class Doctor:
                 about += f" of {ids.shape[1]}x{ids.shape[0]}, ids {ids.min()}..{ids.max()} in the first"
                 if unknown:
                     self.problems.append(f"{pairs[0].labels}: expected label ids, found {unknown} among them")
+            if broken := [str(file) for pair in pairs for file in (pair.image, pair.labels) if file and not ends(file)]:
+                about += f"; {len(broken)} truncated files"
+                self.problems.append(f"{broken[0]}: expected a whole PNG file, found none; get it anew")
             if not pairs:
                 self.problems.append(f"{path}: expected pairs of image and labels in {split}, found none")
             if alone:
                 about += f"; {len(alone)} files without their partner, such as {next(iter(alone.values()))}"
             self.say("", about)
+        if "train" not in counts:
+            self.problems.append(f"{path}: expected a split train, found {', '.join(counts)}")
         return len(class_set), (256, 256), {"train": counts.get("train", 0), "val": counts.get("val", 0)}
 
     def wandb(self) -> None:
@@ -122,8 +127,12 @@ class Doctor:
             self.say("W&B", f"cannot be imported ({error})", "install wandb, or set WANDB_MODE=disabled")
             return
         said: list[str] = []
-        mode = tracking.choose_mode(said.append)
-        if not tracking.server_and_key()[1]:
+        try:
+            mode, key = tracking.choose_mode(said.append), tracking.server_and_key()[1]
+        except ValueError as error:
+            self.say("W&B", "its settings cannot be used", f"mend W&B's settings (WANDB_...): {error}")
+            return
+        if not key:
             said.append("there is no key (WANDB_API_KEY)")
         self.say("W&B", "; ".join([mode, *said]))
 
@@ -140,6 +149,13 @@ class Doctor:
         fits = "fits a Kaggle session" if sessions <= 1 else f"takes {sessions:.0f} Kaggle sessions"
         self.say("training", f"{1 / per_image:.1f} images/s (channels 32, depth 4, {size[0]}x{size[1]}): {parts}")
         self.say("", f"all three: {duration(sum(hours.values()))}, {fits} of {SESSION} h")
+
+
+def ends(path: Path) -> bool:
+    """Whether a PNG file has its end."""
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - 4096, 0))
+        return b"IEND" in file.read()
 
 
 def duration(hours: float) -> str:

@@ -107,13 +107,16 @@ def find_data(home: Path) -> Path:
     ready = [f for f in folders if (f / "stats_train.json").is_file() and (f / "images_processed").is_dir()]
     ready = [folder for folder in ready if folder.name != UNFINISHED]
     if ready:
-        others = f" (not taken: {', '.join(map(str, ready[1:]))})" if ready[1:] else ""
+        others = [*ready[1:], *filter(is_raw, folders)]
+        others = f" (not taken: {', '.join(map(str, others))})" if others else ""
         print(f"data: {ready[0]}, attached{others}")
         return ready[0]
     raw, size = find_raw(folders, home), "256"
     if raw is None:
         raw, size = home / "scenes", "192x96"
-        print(f"data: nothing is attached, so street scenes are drawn into {raw}")
+        strange = [str(folder) for folder in folders if has_strange_pictures(folder)]
+        found = f"nothing in a known layout, only pictures in {', '.join(strange[:3])}," if strange else "nothing"
+        print(f"data: {found} is attached, so street scenes are drawn into {raw}")
         draw_dataset(raw, DRAWN)
     unfinished = home / UNFINISHED  # an interrupted session goes on with it, and no other finds it
     if processed.is_dir():  # somebody has begun it by hand
@@ -127,17 +130,27 @@ def find_data(home: Path) -> Path:
     return processed
 
 
+def has_strange_pictures(folder: Path) -> bool:
+    """Whether the folder holds pictures that are neither this repository's nor a run's."""
+    ours = folder.name == "pictures" or any((above / "unetseg").is_dir() for above in (folder, *folder.parents))
+    return not ours and any(path.suffix in (".png", ".jpg") for path in folder.iterdir())
+
+
+def is_raw(folder: Path) -> bool:
+    """Whether the folder holds a raw data set."""
+    try:
+        return bool(find_layout(folder))
+    except ValueError:
+        return False
+
+
 def find_raw(folders: list[Path], home: Path) -> Path | None:
     """The raw data set among the folders; Cityscapes' two archives, unpacked side by side, are linked into one.
 
     Raises ValueError when only one of the two is there.
     """
-    for folder in folders:
-        try:
-            find_layout(folder)
-            return folder
-        except ValueError:
-            continue
+    if whole := next(filter(is_raw, folders), None):
+        return whole
     parts = {name: next((f for f in folders if f.name == name), None) for name in ("leftImg8bit", "gtFine")}
     if not any(parts.values()):
         return None

@@ -6,6 +6,7 @@ one writes, logs and speaks.
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import capability
+
 Value = TypeVar("Value")
 LAUNCHER = "UNETSEG_LAUNCHER"  # environment variable: the process whose `launch` has started these
 
@@ -28,7 +31,7 @@ def begin() -> None:
     """Join the others, if torchrun (or the like) has started this process as one of several.
 
     On GPUs each takes that of its number on its machine. All but the first are silent from here on.
-    Raises ValueError when there are fewer GPUs than processes.
+    Raises ValueError when there are fewer GPUs than processes, NoKernels for one that cannot be used.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
@@ -37,6 +40,8 @@ def begin() -> None:
     gpus, here = torch.cuda.device_count(), on_this_machine()
     if 0 < gpus < here:
         raise ValueError(f"expected a GPU for each of the {here} processes on this machine, found {gpus}; start {gpus}")
+    if gpus:
+        capability.require_kernels(int(os.environ.get("LOCAL_RANK", 0)))
     from accelerate import PartialState  # here, because it is slow to import and few need it
 
     PartialState(**{"backend": "cuda:nccl,cpu:gloo"} if gpus else {"cpu": True})
@@ -64,10 +69,11 @@ def launch(number: int, arguments: Sequence[str]) -> int:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), LAUNCHER: str(os.getpid())}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // number)))  # torchrun's own is 1
     command = [sys.executable, *several, "-m", "unetseg", *arguments]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         return process.wait()
-    except KeyboardInterrupt:  # it has reached torchrun, which gives them thirty seconds to save
+    except KeyboardInterrupt:  # which has not reached torchrun, in a session of its own
+        process.send_signal(signal.SIGINT)  # once: it passes it on, and gives them thirty seconds to save
         process.wait()
         raise
     finally:

@@ -262,7 +262,9 @@ def claim(run: Path, identity: dict) -> dict | None:
         return None
     config = checkpoint.read_config(run)
     if changed := differences(config, identity):
-        begun = f"{run} was begun with other settings; choose another folder or delete it:"
+        begun = (
+            f"{run} was begun with other settings; choose another folder or delete it (or detach what it came from):"
+        )
         raise ValueError("\n".join([begun, *changed]))
     return config if strangers else None  # nothing was trained yet: begin anew
 

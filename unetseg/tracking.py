@@ -92,7 +92,11 @@ class Mirror:
         settings = wandb.Settings(
             silent=True, console="off", disable_git=True, save_code=False, x_stats_pid=os.getppid()
         )
-        names = {"name": f"{run.name}-seed{config['seed']}", "group": run.parent.name, "job_type": config["stage"]}
+        names = {
+            "name": f"{run.name}-seed{config['seed']}",
+            "group": run.resolve().parent.name,
+            "job_type": config["stage"],
+        }
         names |= {"id": run_id(run), "resume": "allow"}
         started = wandb.init(project=project, dir=str(run), mode=mode, config=config, settings=settings, **names)
         started.define_metric("epoch")

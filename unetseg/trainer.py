@@ -155,7 +155,7 @@ class Trainer:
 
         Every process takes the loss on the logits of all, and sends its own part of the gradient back through its
         network; the sum over the processes is the gradient. BatchNorm's statistics are those of one common BatchNorm
-        on GPUs, and the mean of the processes' own on CPUs.
+        on GPUs, and on CPUs the mean of the processes' own, each counting as many times as it has images.
         """
         logits = forward(model, images, self.precision if len(images) else "fp32")  # SyncBatchNorm: none has no dtype
         everyone, truth = processes.gather_batch(logits.detach().float(), masks)
@@ -166,7 +166,7 @@ class Trainer:
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         shared = [weight.grad for weight in self.model.parameters()]
         if not images.is_cuda:
-            shared += [buffer.div_(processes.count()) for buffer in self.statistics]
+            shared += [buffer.mul_(len(images) / len(truth)) for buffer in self.statistics]  # a part may be empty
         processes.add_up(shared)
         return loss.detach()
 
