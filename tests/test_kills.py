@@ -86,7 +86,7 @@ def test_a_signal_saves_the_state_and_gives_its_exit_status(train, tmp_path, num
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == status and "Traceback" not in err, err
     assert f"stopped ({number.name}) in epoch" in err and "the same again goes on from here" in err
     assert checkpoint.load_state(tmp_path / "run")["position"]["history"]

@@ -176,9 +176,8 @@ def fit(
         except Pause as pause:
             place = f"in epoch {position.epoch} of {job.num_epochs}, after step {position.step} of {len(train_batches)}"
             if processes.is_first():
-                progress.write(
-                    f"{job.run.name}: stopped ({pause}) {place}; saved: the same again goes on from here", sys.stderr
-                )
+                said = f"{job.run.name}: stopped ({pause}) {place}; saved: the same again goes on from here"
+                progress.write(said, sys.stderr)  # stdout is not shown where several processes were launched
     return position.history
 
 

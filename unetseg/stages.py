@@ -262,9 +262,7 @@ def claim(run: Path, identity: dict) -> dict | None:
         return None
     config = checkpoint.read_config(run)
     if changed := differences(config, identity):
-        begun = (
-            f"{run} was begun with other settings; choose another folder or delete it (or detach what it came from):"
-        )
+        begun = f"{run} was begun with other settings; choose another folder, or delete it and detach its source:"
         raise ValueError("\n".join([begun, *changed]))
     return config if strangers else None  # nothing was trained yet: begin anew
 
