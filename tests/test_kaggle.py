@@ -219,6 +219,8 @@ def test_what_is_not_taken_is_said(mounts, raw, processed, tmp_path, monkeypatch
     place.find_data(tmp_path / "runs")
     assert f"attached (not taken: {mounts / 'datasets' / 'me' / 'cityscapes'})" in capsys.readouterr().out
     shutil.rmtree(mounts)
+    code(mounts / "unetseg")
+    (mounts / "unetseg" / "figure.png").touch()
     pictures = mounts / "datasets" / "me" / "camvid" / "train"
     shutil.copytree(next((raw / "leftImg8bit" / "train").iterdir()), pictures)
     monkeypatch.setattr(place, "DRAWN", {"train": 2, "val": 2})

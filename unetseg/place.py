@@ -132,7 +132,8 @@ def find_data(home: Path) -> Path:
 
 def has_strange_pictures(folder: Path) -> bool:
     """Whether the folder holds pictures that are neither this repository's nor a run's."""
-    ours = folder.name == "pictures" or any((above / "unetseg").is_dir() for above in (folder, *folder.parents))
+    code = any((above / "unetseg" / "stages.py").is_file() for above in (folder, *folder.parents))
+    ours = folder.name == "pictures" or code
     return not ours and any(path.suffix in (".png", ".jpg") for path in folder.iterdir())
 
 
