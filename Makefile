@@ -1,17 +1,31 @@
-# make run [DATA=PATH] [QUICK=1] [OUT=runs]   raw street scenes -> three trained stages and a report
-# make test                                   the whole test suite
+# make run [DATA=PATH] [QUICK=1|0] [OUT=runs]   raw street scenes -> three trained stages and a report
+# make test                                     the whole test suite
 # Both set up .venv themselves, from requirements.txt at the versions of constraints.txt.
 
 PYTHON ?= python3
-OUT ?= runs
-QUICK ?= $(if $(DATA),0,1)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
+
+# A variable given on the command line reaches the program through its environment, unexpanded, as the text it is;
+# one that happens to be in the environment does not count.
+given = $(filter command,$(firstword $(origin $(1))))
+text = $(if $(call given,$(1)),$(value $(1)))
+unexport DATA OUT QUICK FROM RUNS
+MAKEOVERRIDES :=
+export RUN_DATA := $(call text,DATA)
+export RUN_OUT := $(call text,OUT)
+export RUN_FROM := $(call text,FROM)
+export RUN_RUNS := $(call text,RUNS)
+ARG_DATA := $(if $(call given,DATA),--data "$$RUN_DATA")
+ARG_OUT := $(if $(call given,OUT),--out "$$RUN_OUT")
+NO := 0 no false off
+QUICK_GIVEN := $(if $(call given,QUICK),$(QUICK),$(if $(call given,DATA),0,1))
+ARG_QUICK := $(if $(filter-out $(NO),$(QUICK_GIVEN)),--quick)
 
 .PHONY: run test lint report notebooks html bench clean
 
 run: .venv/installed
-	@$(BIN)/python notebooks/run_all.py --out "$(OUT)" $(if $(DATA),--data "$(DATA)") $(if $(filter-out 0,$(QUICK)),--quick)
+	@$(BIN)/python notebooks/run_all.py $(ARG_OUT) $(ARG_DATA) $(ARG_QUICK)
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
@@ -20,21 +34,21 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# From the committed report/results/; with RUNS=FOLDER... from finished runs, whose results it first copies there.
+# From the committed report/results/; with RUNS=FOLDER from a finished run, whose results it first copies there.
 report: .venv/installed
-	$(BIN)/python report/build.py $(if $(RUNS),--runs $(RUNS))
+	$(BIN)/python report/build.py $(if $(call given,RUNS),--runs "$$RUN_RUNS")
 
 # Execute the committed notebooks again, on drawn scenes, and keep their outputs.
 notebooks: .venv/installed
-	$(BIN)/python notebooks/run_all.py --out runs --quick --update
+	$(BIN)/python notebooks/run_all.py --quick --update
 
 # The executed notebooks as pages that need neither Jupyter nor W&B; with FROM=FOLDER, those of a run (runs/x/notebooks).
 html: .venv/installed
-	$(BIN)/python notebooks/render.py --out "$(OUT)/html" $(if $(FROM),"$(FROM)"/*.ipynb)
+	$(BIN)/python notebooks/render.py --out "$${RUN_OUT:-runs}/html" $(if $(call given,FROM),"$$RUN_FROM"/*.ipynb)
 
-# The shorter benchmarks, about ten minutes on two cores; the README's table. See benchmarks/ for those that take longer.
+# What a user chooses by, about ten minutes on two cores; the README's table.
 bench: .venv/installed-dev
-	for name in preprocessing training inference start; do $(BIN)/python benchmarks/$$name.py --home "$(OUT)/bench" || exit; done
+	for name in preprocessing training predict; do $(BIN)/python benchmarks/$$name.py || exit; done
 	$(BIN)/python benchmarks/table.py
 
 clean:

@@ -1,8 +1,10 @@
 """Run a notebook from top to bottom with other settings, and keep what it showed but not its progress bars."""
 
+import asyncio
 import json
 import re
 import sys
+import threading
 from pathlib import Path
 
 import nbformat
@@ -10,6 +12,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from unetseg.files import make_folder
 from unetseg.inference import headline, read_results
 
 NOTEBOOKS = {
@@ -37,14 +40,14 @@ def change_settings(notebook: nbformat.NotebookNode, settings: dict) -> None:
         line = re.compile(rf"^(    {name}=).*?(,(?:  #.*)?)$", re.MULTILINE)
         if not line.search(cell.source):
             raise ValueError(f"expected a setting {name} in the parameters cell, found none")
-        shown = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+        shown = json.dumps(value) if isinstance(value, str) else repr(value)
         cell.source = line.sub(lambda match: f"{match[1]}{shown}{match[2]}", cell.source)  # noqa: B023
 
 
 def fill_answer(notebook: nbformat.NotebookNode, run: Path) -> None:
     """Write the run's scores, with their context, into the line that begins with "**Answer.**"."""
-    results, (width, height) = read_results(run), read_results(run)["size"]
-    score = headline(results)
+    results = read_results(run)
+    score, (width, height) = headline(results), results["size"]
     person = f", person IoU **{score['person']:.3f}**" if score.get("person") is not None else ""
     answer = (
         f"**Answer.** mIoU **{score['mIoU']:.3f}**{person} on {results['split_note']} (split `{results['split']}`), "
@@ -56,7 +59,7 @@ def fill_answer(notebook: nbformat.NotebookNode, run: Path) -> None:
 
 
 def publish(done: Path, target: Path, stage: str) -> None:
-    """Write an executed notebook to `target` with the paths that suit any place instead of this execution's."""
+    """Write an executed notebook to `target`, with the paths that suit any place instead of this execution's."""
     notebook, paths = nbformat.read(done, as_version=4), {"data": "auto", "out": f"runs/{stage}"}
     change_settings(notebook, paths if stage == "scratch" else paths | {"init": "runs/scratch"})
     nbformat.write(notebook, target)
@@ -65,19 +68,36 @@ def publish(done: Path, target: Path, stage: str) -> None:
 def execute(source: Path, target: Path, settings: dict) -> None:
     """Execute `source` from the repository's root with changed settings and write it to `target`.
 
-    Raises nbclient.exceptions.CellExecutionError when a cell fails; the notebook up to there is still written.
+    Raises nbclient.exceptions.CellExecutionError when a cell fails; the notebook up to there is still written. Ctrl-C
+    or SIGTERM interrupts the running cell, in which training then saves its state, and is raised afterwards.
     """
     notebook = nbformat.read(source, as_version=4)
     change_settings(notebook, settings)
-    place = {"metadata": {"path": ROOT}}
-    quiet = ["--log-level=ERROR"]  # the kernel would warn that it talks to us over TCP
-    client = Client(
-        notebook, timeout=None, record_timing=False, coalesce_streams=True, resources=place, extra_arguments=quiet
-    )
+    options = {"timeout": None, "record_timing": False, "coalesce_streams": True}
+    options["extra_arguments"] = ["--log-level=ERROR"]  # the kernel would warn that it talks to us over TCP
+    client = Client(notebook, resources={"metadata": {"path": ROOT}}, **options)
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            client.execute()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)  # the client would take over the signals of the main thread
+    thread.start()
     try:
-        client.execute()
-        fill_answer(notebook, ROOT / settings["out"])
+        thread.join()
+    except (KeyboardInterrupt, SystemExit):
+        if client.km and client.km.has_kernel:
+            asyncio.run(client.km.interrupt_kernel())
+        thread.join()
+        raise
     finally:
-        target.parent.mkdir(parents=True, exist_ok=True)
         notebook.metadata.pop("widgets", None)
+        make_folder(target.parent)
         nbformat.write(notebook, target)
+    if errors:
+        raise errors[0]
+    fill_answer(notebook, ROOT / settings["out"])
+    nbformat.write(notebook, target)

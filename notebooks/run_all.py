@@ -2,49 +2,59 @@
 
     python notebooks/run_all.py [--data RAW] [--out runs] [--quick]
 
-Without --data it draws street scenes. Everything is written to OUT/<name of the data>; what is there already is used.
+Without --data it draws street scenes. Everything is written to a folder of the data's own in OUT; what is there already
+is used.
 """
 
 import argparse
+import hashlib
 import os
+import re
+import signal
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "report")]
-from build import build, collect
-from execute import NOTEBOOKS, execute, publish
-from nbclient.exceptions import CellExecutionError, DeadKernelError
+if __name__ != "__mp_main__":  # worker processes import this file, too, and need nothing of it
+    from build import build, collect
+    from execute import NOTEBOOKS, execute, publish
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-from unetseg import place, scenes, stages
-from unetseg.processed import find_split
-from unetseg.raw import find_layout
+    from unetseg.files import UserError
+    from unetseg.processed import find_split, read_stats
+    from unetseg.settings import PRESETS
+    from unetseg.tools import doctor, kaggle, preprocess, scenes
+    from unetseg.tools.layouts import find_layout
 
-QUICK_SIZE = {"cityscapes": "192x96", "camvid": "144x108"}  # the shape of the originals, few pixels
 QUICK_CHANNELS = 16
 QUICK_IMAGES = {"scratch": 2000, "weighted_ce": 800, "ce_dice": 800}  # images seen by a quick training of each stage
-
-
-def from_root(path: Path) -> Path:
-    """A path as seen from the repository's root, where the notebooks work; absolute when it lies elsewhere."""
-    path = path.resolve()
-    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
 def say(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
-def prepare(args: argparse.Namespace, home: Path) -> tuple[Path, int]:
+def home_of(data: Path | None, out: Path, quick: bool) -> Path:
+    """The folder of a data set: its name, and a hash of where it lies, because names repeat."""
+    name = "drawn"
+    if data is not None:
+        place = os.fsencode(data.resolve())
+        name = f"{re.sub(r'[^A-Za-z0-9_.-]', '_', data.resolve().name)}-{hashlib.sha256(place).hexdigest()[:8]}"
+    return out / (name + "-quick" * quick)
+
+
+def prepare(data: Path | None, home: Path, quick: bool) -> tuple[Path, int]:
     """The processed folder, made or reused, and preprocessing's exit status."""
-    raw = args.data
+    raw = data
     if raw is None:
         raw = home / "scenes"
         say(f"Drawing street scenes into {raw}")
-        scenes.draw_dataset(raw, place.DRAWN)
+        scenes.draw_dataset(raw, kaggle.DRAWN)
     layout, processed = find_layout(raw), home / "processed"
     say(f"Preprocessing {raw}")
-    status = place.preprocess(raw, processed, QUICK_SIZE[layout] if args.quick else "256")
+    size = layout.quick_size if quick else "256"
+    status = preprocess.main(["--data_dir", str(raw), "--output_dir", str(processed), "--size", size])
     if status and not (processed / "stats_train.json").is_file():
         raise SystemExit(status)
     return processed, status
@@ -53,23 +63,19 @@ def prepare(args: argparse.Namespace, home: Path) -> tuple[Path, int]:
 def notebook_settings(stage: str, home: Path, processed: Path, quick: bool) -> dict:
     """The settings that this job changes in a stage's notebook."""
     settings = {"data": str(processed), "out": str(home / stage)}
-    if stage != "scratch":
-        settings["init"] = str(home / "scratch")
     num_images = len(find_split(processed, "train").stems)
     quick_epochs = max(2, min(60, QUICK_IMAGES[stage] // num_images))
-    settings["epochs"] = quick_epochs if quick else stages.STAGES[stage].epochs
+    settings["epochs"] = quick_epochs if quick else PRESETS[stage]["epochs"]
     if stage == "scratch":
-        settings["channels"] = QUICK_CHANNELS if quick else 32
-    return settings
+        return settings | {"channels": QUICK_CHANNELS if quick else 32}
+    return settings | {"init": str(home / "scratch")}
 
 
-def announce(processed: Path, home: Path) -> None:
+def announce(processed: Path) -> None:
     """Say how long the full schedule takes on this machine, from a few measured steps."""
-    settings = stages.resolve(stages.Settings("scratch", str(processed), str(home / "scratch")))
-    per_epoch = stages.forecast(settings, *stages.load_sets(settings)) / settings.epochs
-    hours = {name: per_epoch * stage.epochs / 3600 for name, stage in stages.STAGES.items()}
-    parts = ", ".join(f"{name} {hour:.1f} h" for name, hour in hours.items())
-    say(f"The full schedule takes about {sum(hours.values()):.1f} hours here ({parts}); QUICK=1 shortens it")
+    stats, images = read_stats(processed, "train"), {n: len(find_split(processed, n).stems) for n in ("train", "val")}
+    text, _ = doctor.forecast(len(stats["classes"]), tuple(stats["size"]), images)
+    say(f"The full schedule takes, at {text}; QUICK=1 shortens it")
 
 
 def summarise(home: Path, results: dict, status: int) -> None:
@@ -89,41 +95,58 @@ def summarise(home: Path, results: dict, status: int) -> None:
         print("\nSome files were left out in preprocessing (see above and stats_*.json).")
 
 
-def main() -> int:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="a Cityscapes or CamVid root (default: drawn scenes)")
-    parser.add_argument("--out", type=Path, default=Path("runs"))
+    parser.add_argument("--data", help="a raw data set (default: drawn scenes)")
+    parser.add_argument("--out", default="runs")
     parser.add_argument("--quick", action="store_true", help="small pictures, small network, short schedule")
     parser.add_argument("--update", action="store_true", help="also replace the notebooks by the executed ones")
     args = parser.parse_args()
-    args.data, args.out = args.data and from_root(args.data), from_root(args.out)
-    os.chdir(ROOT)
-    home = args.out / ((args.data.resolve().name if args.data else "drawn") + ("-quick" if args.quick else ""))
-    try:
-        processed, status = prepare(args, home)
-        if not args.quick and not all(list((home / stage).glob("results_*.json")) for stage in NOTEBOOKS):
-            announce(processed, home)
-        for number, (stage, name) in enumerate(NOTEBOOKS.items(), start=1):
-            settings = notebook_settings(stage, home, processed, args.quick)
-            say(f"Notebook {number} of 3: {name} ({settings['epochs']} epochs)")
-            execute(Path("notebooks", name), home / "notebooks" / name, settings)
-            if args.update:
-                publish(home / "notebooks" / name, Path("notebooks", name), stage)
-        say("Building the report")
-        results = collect(home)
-        build(home / "pictures", [results], home / "UNet_Model_Training_Report.pdf")
-    except CellExecutionError as error:
-        print(f"error: {error.ename}: {error.evalue}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError, DeadKernelError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    for name in ("data", "out"):
+        if getattr(args, name) == "":
+            parser.error(f"{name.upper()} is empty: name a folder, or leave {name.upper()}= out")
+    return args
+
+
+def run(args: argparse.Namespace) -> int:
+    data, out = args.data and Path(args.data).resolve(), Path(args.out).resolve()
+    os.chdir(ROOT)  # where the notebooks work
+    out = out.relative_to(ROOT) if out.is_relative_to(ROOT) else out
+    home = home_of(data, out, args.quick)
+    processed, status = prepare(data, home, args.quick)
+    if not args.quick and not all(list((home / stage).glob("results_*.json")) for stage in NOTEBOOKS):
+        announce(processed)
+    for number, (stage, name) in enumerate(NOTEBOOKS.items(), start=1):
+        settings = notebook_settings(stage, home, processed, args.quick)
+        say(f"Notebook {number} of 3: {name} ({settings['epochs']} epochs)")
+        execute(Path("notebooks", name), home / "notebooks" / name, settings)
+        if args.update:
+            publish(home / "notebooks" / name, Path("notebooks", name), stage)
+    say("Building the report")
+    results = collect(home)
+    build(home / "pictures", [results], home / "UNet_Model_Training_Report.pdf")
     summarise(home, results, status)
     return status
 
 
+def main() -> int:
+    args = parse_args()
+    try:
+        return run(args)
+    except CellExecutionError as error:
+        if error.ename == "KeyboardInterrupt":
+            return 130
+        ours = error.ename in ("UserError", "SettingsError", "BadFile", "FileError", "NoSplit", "TrainingStopped")
+        print(f"error: {error.evalue}" if ours else str(error), file=sys.stderr)
+        return 1
+    except (UserError, DeadKernelError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from here", file=sys.stderr)
+        return 130
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

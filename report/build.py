@@ -5,6 +5,7 @@ python report/build.py --runs RUNS     first copy what a finished `make run` lef
 """
 
 import argparse
+import re
 import shutil
 import sys
 import tempfile
@@ -17,11 +18,11 @@ import typst
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from unetseg import plots
-from unetseg.checkpoint import CONFIG, read_history
+from unetseg.checkpoint import read_config, read_history
 from unetseg.classes import CLASS_SETS
-from unetseg.files import atomic_open, read_json, write_json
-from unetseg.inference import headline, read_results
-from unetseg.stages import STAGES
+from unetseg.files import atomic_open, make_folder, read_json, write_json
+from unetseg.inference import comparable, headline, joined, read_results
+from unetseg.settings import FREE, TITLES
 
 RESULTS = ROOT / "report" / "results"
 PICTURES = ("samples.jpg", "predictions.jpg")
@@ -31,45 +32,39 @@ MARKERS = ("<!-- results: written by make report -->", "<!-- end of results -->"
 def collect(home: Path) -> dict:
     """Gather what the runs under `home` left on disk into home/results.json, and return it.
 
-    Raises ValueError when a stage has not been scored yet.
+    Raises UserError when a stage has not been scored yet, or when the stages were not scored alike.
     """
     runs = {}
-    for stage, about in STAGES.items():
-        results, config = read_results(home / stage), read_json(home / stage / CONFIG)
+    for stage, title in TITLES.items():
+        results, config = read_results(home / stage), read_config(home / stage)
         runs[stage] = {
-            "title": about.title,
+            "title": title,
             "scores": headline(results),
             "minutes": results["train_seconds"] / 60,
-            "results": results,
-            "settings": {key: value for key, value in config["settings"].items() if key not in ("data", "out", "init")}
-            | {"precision": config["precision"]},
+            "results": {key: value for key, value in results.items() if key != "images"},
+            "settings": {key: value for key, value in config["settings"].items() if key not in FREE}
+            | {"epochs": config["cycles"][-1]},
             "history": read_history(home / stage),
         }
-    stats = {
-        path.stem.removeprefix("stats_"): read_json(path) for path in sorted((home / "processed").glob("stats_*.json"))
-    }
-    first, config = runs["scratch"]["results"], read_json(home / "scratch" / CONFIG)
-    keys = ("split", "split_note", "num_images", "size", "class_set", "parameters", "torch", "commit")
-    collected = {
-        "name": home.name,
-        "context": {key: first[key] for key in keys}
-        | {"device": " / ".join(dict.fromkeys(run["results"]["device"] for run in runs.values()))}
-        | {"void": first["trained_void"], "classes": list(CLASS_SETS[first["class_set"]].names)}
-        | {key: config[key] for key in ("train_images", "val_images", "train_note", "val_note", "channels", "depth")},
-        "data": {
-            split: {key: value[key] for key in ("num_images", "pixels")}
-            for split, value in stats.items()
-            if "pixels" in value
-        },
-        "runs": runs,
-    }
+    first, config = runs["scratch"]["results"], read_config(home / "scratch")
+    comparable([run["results"] for run in runs.values()])
+    paths = sorted((home / "processed").glob("stats_*.json"))
+    stats = {path.stem.removeprefix("stats_"): read_json(path) for path in paths}
+    context = {key: first[key] for key in ("split", "split_note", "remarks", "num_images", "size", "class_set", "parameters")}
+    context |= {key: joined({"sessions": [run["results"] for run in runs.values()]}, key) for key in ("device", "torch", "commit")}
+    context |= {"void": first["trained_void"], "classes": config["classes"]}
+    context |= {f"{name}_images": len(config["data"][name]["images"]) for name in ("train", "val")}
+    context |= {f"{name}_note": config["data"][name]["note"] for name in ("train", "val")}
+    context |= {key: config["settings"][key] for key in ("channels", "depth")}
+    data = {split: {key: found[key] for key in ("num_images", "pixels")} for split, found in stats.items() if "pixels" in found}
+    collected = {"name": home.name, "context": context, "data": data, "runs": runs}
     write_json(home / "results.json", collected)
     return collected
 
 
-def draw_charts(results: dict, folder: Path) -> None:
+def draw_charts(results: dict, folder: Path, number: int) -> None:
     """Write the report's charts of one data set: class distribution, curves, IoU by stage, confusion matrix."""
-    name, class_set = results["name"], CLASS_SETS[results["context"]["class_set"]]
+    class_set = CLASS_SETS[results["context"]["class_set"]]
     shares = {
         split: np.array(list(data["pixels"]["full_resolution"].values())) for split, data in results["data"].items()
     }
@@ -85,7 +80,7 @@ def draw_charts(results: dict, folder: Path) -> None:
     last = np.array(results["runs"]["ce_dice"]["results"]["confusion"])[:-1]
     charts["confusion"] = plots.confusion_matrix(last, class_set.names)
     for chart, figure in charts.items():
-        plots.save(figure, folder / f"{name}_{chart}.svg")
+        plots.save(figure, folder / f"{number}_{chart}.svg")
 
 
 def build(pictures: Path, results: list[dict], pdf: Path, seeds: list[dict] = ()) -> Path:
@@ -96,18 +91,30 @@ def build(pictures: Path, results: list[dict], pdf: Path, seeds: list[dict] = ()
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for collected in results:
-            draw_charts(collected, folder)
+        for number, collected in enumerate(results):
+            draw_charts(collected, folder, number)
         found = [picture for picture in PICTURES if (pictures / picture).is_file()]
         for picture in found:
             shutil.copy(pictures / picture, folder)
         write_json(folder / "report.json", {"results": results, "seeds": list(seeds), "pictures": found})
         shutil.copy(ROOT / "report" / "report.typ", folder)
         fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-        pdf.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(pdf.parent)
         typst.compile(folder / "report.typ", output=folder / "report.pdf", font_paths=[fonts], ignore_system_fonts=True)
         shutil.move(folder / "report.pdf", pdf)
     return pdf
+
+
+def as_text(value: object) -> object:
+    """The same JSON, whose texts Markdown shows as they are: never as markup, an element, or a marker of ours."""
+    if isinstance(value, dict):
+        return {as_text(key): as_text(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [as_text(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    escaped = re.sub(r"([\\`*\[\]|!~])", r"\\\1", " ".join(value.split()))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def markdown(names: list[str], rows: dict[str, list[str]], note: str) -> str:
@@ -126,8 +133,8 @@ def seeds_table(seeds: dict) -> str:
         rows[row["title"]] = [*cells, f"{row['minutes']:.1f}"]
     note = (
         f"IoU on drawn scenes, mean ± standard deviation over the seeds {', '.join(map(str, seeds['seeds']))}: "
-        f"{seeds['split_note']} (split `{seeds['split']}`), {'x'.join(map(str, seeds['size']))}, "
-        f"void rule `{seeds['void']}`, {seeds['train_images']} training images, "
+        f"{seeds['split_note']} (split {seeds['split']}), {'x'.join(map(str, seeds['size']))}, "
+        f"void rule {seeds['void']}, {seeds['train_images']} training images, "
         f"{seeds['epochs']} + {seeds['tune_epochs']} epochs, {seeds['parameters'] / 1e6:.2f} M parameters, "
         f"{seeds['device']}, torch {seeds['torch']}. The control continues the first stage as long as a fine-tuning."
     )
@@ -145,9 +152,9 @@ def results_table(results: dict) -> str:
     epochs = " + ".join(str(len(run["history"])) for run in runs)
     chosen = ", on which the best epoch was chosen, too" if context["split"] == "val" else ""
     note = (
-        f"IoU on {results['name']} (`{context['class_set']}`), one seed: {context['split_note']} "
-        f"(split `{context['split']}`{chosen}), {'x'.join(map(str, context['size']))}, "
-        f"void rule `{context['void']}`, {context['train_images']} training images, {epochs} epochs, "
+        f"IoU on {results['name']} ({context['class_set']}), one seed: {context['split_note']} "
+        f"(split {context['split']}{chosen}), {'x'.join(map(str, context['size']))}, "
+        f"void rule {context['void']}, {context['train_images']} training images, {epochs} epochs, "
         f"{context['parameters'] / 1e6:.2f} M parameters, {context['device']}, torch {context['torch']}."
     )
     return markdown([*names, "minutes"], rows, note)
@@ -155,6 +162,7 @@ def results_table(results: dict) -> str:
 
 def readme_results(files: list[dict]) -> str:
     """What stands between the README's markers: seeds on drawn scenes, then real data."""
+    files = as_text(files)
     seeds = [seeds_table(file) for file in files if "seeds" in file]
     real = [results_table(file) for file in files if "runs" in file and not file["name"].startswith("drawn")]
     return "\n\n".join([*seeds, *real])

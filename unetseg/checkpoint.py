@@ -1,175 +1,181 @@
-"""What a run folder holds: weights, settings, history, training state. Nothing loaded here can run code."""
+"""What a run folder holds: settings, weights, history and training state. Nothing loaded here can run code."""
 
 import csv
 import hashlib
 import io
 import json
+import pickle
 import reprlib
-import zipfile
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .classes import CLASS_SETS, VOID_RULES
-from .files import atomic_open, read_bytes, read_json
-from .model import MOST, UNet
+from .classes import CLASS_SETS
+from .device import out_of_memory
+from .files import UserError, atomic_open, read_bytes, read_json
+from .model import build_model
+from .settings import FREE, INHERITED, Settings, check, complete
 
 WEIGHTS, CONFIG, HISTORY, STATE = "model.safetensors", "config.json", "history.csv", "state.pt"
-COLUMNS = ("epoch", "train_loss", "val_loss", "val_miou", "lr", "seconds", "images_per_second")  # of the history
-METADATA = ("stage", "class_set", "channels", "depth", "width", "height", "void", "seed", "precision", "parameters")
-METADATA += ("device", "torch", "commit")
-KNOWN = {key: {str(n) for n in range(1, most + 1)} for key, most in {**MOST, "width": 8192, "height": 8192}.items()}
-KNOWN |= {"class_set": CLASS_SETS, "void": VOID_RULES}
+FORMAT = 2  # of config.json and the weights' metadata
 
 
-def save_weights(run: Path, state: dict[str, Tensor], config: dict, epoch: int, val_miou: float) -> None:
-    """Write a model's state as safetensors, with the METADATA of its run, its epoch and val mIoU, and a checksum."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    metadata = {key: str(config[key]) for key in METADATA}
-    metadata |= {"epoch": str(epoch), "val_miou": f"{val_miou:.6f}", "sha256": checksum(tensors)}
-    content = safetensors.torch.save(tensors, metadata)
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    header["__metadata__"] = dict(sorted(metadata.items()))  # safetensors itself writes them in any order
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+def identity(config: dict) -> dict:
+    """What makes a run this run and no other: settings, data and initial weights, by content; the same when it resumes."""
+    facts = {name: value for name, value in complete(config["settings"]).items() if name not in FREE}
+    facts |= {key: config[key] for key in ("class_set", "classes", "width", "height")}
+    facts |= {f"{split}_sha256": config["data"][split]["sha256"] for split in ("train", "val")}
+    return facts | {"init_sha256": config["init_sha256"]}
+
+
+def differences(then: dict, now: dict) -> list[str]:
+    """The facts that two identities do not share, a line each."""
+    return [
+        f"  {key}: {reprlib.repr(then.get(key))} there, {reprlib.repr(now[key])} here"
+        for key in now
+        if then.get(key) != now[key]
+    ]
+
+
+def save_weights(run: Path, best: dict, config: dict) -> None:
+    """Write the best weights as safetensors; all metadata is one JSON text, so that a run always gives the same bytes."""
+    about = {"format": FORMAT, **identity(config), "cycles": config["cycles"]}
+    about |= {key: best[key] for key in ("epoch", "val_miou")}
+    tensors = {key: value.contiguous() for key, value in best["weights"].items()}
     with atomic_open(run / WEIGHTS, durable=True) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.write(memoryview(content)[end:])
-
-
-def checksum(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of names and contents."""
-    sum_ = hashlib.sha256()
-    for key in sorted(tensors):
-        sum_.update(key.encode())
-        sum_.update(tensors[key].reshape(-1).view(torch.uint8).numpy())
-    return sum_.hexdigest()
+        file.write(safetensors.torch.save(tensors, {"unetseg": json.dumps(about, sort_keys=True)}))
 
 
 def weights_path(run_or_weights: Path) -> Path:
-    """The weights file of a run folder, or the file itself. Raises ValueError when there is none."""
+    """The weights file of a run folder, or the file itself. Raises UserError when there is none."""
     path = run_or_weights / WEIGHTS if run_or_weights.is_dir() else run_or_weights
     if not path.is_file():
-        raise ValueError(f"{path}: expected trained weights, found nothing; train first, or check the path")
+        raise UserError(f"{path}: expected trained weights, found nothing; train first, or check the path")
     return path
 
 
-def load_weights(run_or_weights: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A run folder's or a file's weights and their metadata. Raises ValueError naming a file that holds others."""
+def weights_sha256(run_or_weights: Path) -> str:
+    """SHA-256 of a weights file."""
+    with open(weights_path(run_or_weights), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_weights(run_or_weights: Path) -> tuple[dict[str, Tensor], dict]:
+    """Weights, and what they were trained with: `identity`, cycles, epoch, val_miou.
+
+    Raises UserError for a damaged file, and for weights in the folder of another run.
+    """
     path = weights_path(run_or_weights)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            keys = list(file.keys())
-            _check_network({key: file.get_slice(key).get_shape() for key in keys}, metadata)
-            state = {key: file.get_tensor(key) for key in keys}
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected weights saved by unetseg, found {error}") from None
-    if checksum(state) != metadata["sha256"]:
-        raise ValueError(f"{path}: expected the weights that were saved, found others (wrong checksum); copy it anew")
-    if not all(value.isfinite().all() for value in state.values()):
-        raise ValueError(f"{path}: expected finite weights, found NaN or infinity; train anew")
-    return state, metadata
+            about = _read_metadata(file.metadata() or {})
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:300]}"
+        raise UserError(f"{path}: expected weights saved by unetseg, found {reason}; copy the file again") from None
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise UserError(f"{path}: expected finite weights, found NaN or infinity; train again with a lower lr")
+    if path.parent == run_or_weights and about["format"] == FORMAT:
+        config = read_config(run_or_weights)
+        if changed := differences(about, identity(config)):
+            raise UserError("\n".join([f"{path}: these weights are from another run than {CONFIG}:", *changed]))
+    return weights, about
 
 
-def _check_network(shapes: dict[str, list[int]], metadata: dict[str, str]) -> None:
-    """Raise ValueError unless the tensors are those of the U-Net that the metadata describe; nothing is read for it."""
-    missing = sorted({*METADATA, "epoch", "sha256"} - metadata.keys())
-    if missing:
-        raise ValueError(f"none of the metadata {missing}")
-    wrong = [f"{key} {metadata[key][:50]}" for key, known in KNOWN.items() if metadata[key] not in known]
-    if wrong or not metadata["epoch"].isdecimal():
-        raise ValueError(f"a network that it does not train: {', '.join(wrong) or 'no number of epochs'}")
-    with torch.device("meta"):  # costs no memory, whatever the file declares
-        model = UNet(len(CLASS_SETS[metadata["class_set"]]), int(metadata["channels"]), int(metadata["depth"]))
-    expected = {key: list(value.shape) for key, value in model.state_dict().items()}
-    for key in sorted(expected.keys() | shapes.keys()):
-        if expected.get(key) != shapes.get(key):
-            raise ValueError(f"{key[:50]} of shape {shapes.get(key)} where its metadata mean {expected.get(key)}")
+def _read_metadata(texts: dict[str, str]) -> dict:
+    """What weights were trained with. Files written before FORMAT 2 have one text per fact."""
+    about = json.loads(texts["unetseg"]) if "unetseg" in texts else {"format": 1, **texts}
+    if about["format"] == 1:
+        about |= {key: int(about[key]) for key in ("channels", "depth", "width", "height", "seed", "epoch")}
+        about |= {"model": "unet", "classes": list(CLASS_SETS[about["class_set"]].names)}
+        about["val_miou"] = float(about["val_miou"])
+    about = {name: value for name, value in complete(about).items() if name not in FREE} | about
+    check(Settings(**{name: about[name] for name in INHERITED}))
+    if not (8 <= about["width"] <= 8192 and 8 <= about["height"] <= 8192 and about["class_set"] in CLASS_SETS):
+        raise ValueError(f"size {about['width']}x{about['height']}, class set {about['class_set']}")
+    return about
+
+
+def load_model(run_or_weights: Path) -> tuple[nn.Module, dict]:
+    """The trained network on the CPU, and what it was trained with. Raises UserError."""
+    weights, about = load_weights(run_or_weights)
+    try:
+        model = build_model(about, len(about["classes"]))
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error)[:300]
+        raise UserError(f"{run_or_weights}: the weights do not fit the network {about['model']!r}: {reason}") from None
+    return model, about
 
 
 def save_state(run: Path, state: dict) -> None:
-    """Write the training state: tensors, numbers, text, lists and dicts. The one before stays until it is complete."""
-    content = io.BytesIO()  # torch.save itself hides why it could not write
+    """Write the training state: tensors, numbers, text, lists and dicts. The last one stays until this is complete."""
+    if not (run / CONFIG).is_file():
+        raise UserError(f"{run}: the run folder was removed during training; nothing more is saved")
+    content = io.BytesIO()  # torch.save hides why it could not write
     torch.save(state, content)
     with atomic_open(run / STATE, durable=True) as file:
         file.write(content.getbuffer())
 
 
 def load_state(run: Path) -> dict | None:
-    """The training state, or None where there is none yet. Raises ValueError naming a file that is damaged."""
+    """The training state, or None where there is none. Raises UserError for a file that is damaged."""
     path = run / STATE
     if not path.is_file():
         return None
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise zipfile.BadZipFile("compressed content")
-            if archive.testzip():
-                raise zipfile.BadZipFile("a wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not all(isinstance(state[key], dict) for key in ("config", "trainer", "position")):
-            raise TypeError("no training state")
-        check_history(state["position"]["history"])
-        return state
-    except Exception as error:  # torch names no common base for what a damaged file raises
+        if state["format"] != FORMAT:
+            raise KeyError("another format")
+    except (RuntimeError, pickle.UnpicklingError, KeyError, TypeError, EOFError, OSError, ValueError) as error:
+        if out_of_memory(error):
+            raise
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:100]}"
-        raise ValueError(f"{path}: expected a whole training state, found {reason}; delete it to start anew") from None
+        advice = "start another run from the best weights with --init, or delete the file to start anew"
+        raise UserError(f"{path}: expected a training state of this version, found {reason}; {advice}") from None
+    return state
 
 
 def read_config(run: Path) -> dict:
-    """config.json of a run folder. Raises ValueError, naming it, when it is damaged or its weights tell otherwise."""
+    """config.json of a run folder. Raises UserError when it is missing, damaged or of an older version."""
     path = run / CONFIG
     if not path.is_file():
-        raise ValueError(f"{path}: expected the settings of a run, found nothing; is {run} a run folder?")
+        raise UserError(f"{path}: expected the settings of a run, found nothing; is {run} a run folder?")
     config = read_json(path)
-    missing = sorted({*METADATA, "settings"} - config.keys())
-    if missing or not isinstance(config["settings"], dict):
-        raise ValueError(f"{path}: expected the settings of a run, found no {missing or 'settings'}; restore it")
-    if type(config["settings"].get("epochs")) is not int:
-        raise ValueError(f"{path}: expected a whole number of epochs in settings; restore it")
-    if (run / WEIGHTS).is_file():
-        metadata = load_weights(run)[1]
-        wrong = [key for key in METADATA if str(config[key]) != metadata[key]]
-        wrong = [f"{key} {reprlib.repr(config[key])}, not {metadata[key][:50]}" for key in wrong]
-        if wrong:
-            raise ValueError(f"{path}: expected what {WEIGHTS} was trained with, found {'; '.join(wrong)}; restore it")
+    if config.get("format") != FORMAT:
+        advice = "its weights still predict and start fine-tunings (--init), but it cannot resume"
+        raise UserError(f"{run}: this run is from another version of unetseg; {advice}; use another --out")
+    try:
+        identity(config)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: expected the settings of a run, found no {error}; restore the file") from None
     return config
 
 
 def write_history(run: Path, history: list[dict]) -> None:
-    """Write one line per epoch as CSV into a run folder."""
+    """Write one line per epoch as CSV; an epoch has no value where its version of unetseg had no such column."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, history[0].keys(), lineterminator="\n")
+    columns = dict.fromkeys(key for row in history for key in row)
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
     with atomic_open(run / HISTORY, durable=True) as file:
         file.write(text.getvalue().encode())
 
 
-def read_history(run: Path) -> list[dict[str, float]]:
-    """The history of a run folder, one dict per epoch; empty where no epoch was finished.
-
-    Raises ValueError naming a file that holds anything but numbers.
-    """
+def read_history(run: Path) -> list[dict]:
+    """The history of a run folder, one dict of numbers (None: no value) per epoch; empty where no epoch was finished."""
     path = run / HISTORY
     if not path.is_file():
         return []
     try:
-        rows = csv.DictReader(io.StringIO(read_bytes(path).decode()), strict=True)
-        return check_history([{key: float(value) for key, value in row.items()} for row in rows])
-    except (ValueError, TypeError, csv.Error) as error:
-        raise ValueError(f"{path}: expected one line of numbers per epoch, found {error}; restore it") from None
-
-
-def check_history(rows: list[dict]) -> list[dict]:
-    """The rows, if they are a history: a number in each of COLUMNS, epochs from 1 on. Raises ValueError if not."""
-    for place, row in enumerate(rows, start=1):
-        sound = row.keys() == set(COLUMNS) and all(isinstance(value, (int, float)) for value in row.values())
-        if not (sound and row["epoch"] == place and 0 <= row["val_miou"] <= 1):
-            raise ValueError(f"line {place} {reprlib.repr(row)}")
-    return rows
+        rows = list(csv.DictReader(io.StringIO(read_bytes(path).decode()), strict=True))
+        history = [{key: float(value) if value else None for key, value in row.items()} for row in rows]
+        if [row["epoch"] for row in history] != [*range(1, len(rows) + 1)]:
+            raise ValueError("epochs that are not 1, 2, 3 ...")
+        return history
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
+        raise UserError(f"{path}: expected one line of numbers per epoch, found {error}; restore the file") from None

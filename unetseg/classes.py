@@ -1,11 +1,12 @@
-"""The class sets as tables: source id, name, official colour, and the class each id becomes."""
+"""The class sets as tables: source id, name, official colour, and the class that each id becomes."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-IGNORE_INDEX = 255  # void: in no loss and no score under the rule "ignore"
+IGNORE_INDEX = 255  # void: in no loss and no score under the void rule "ignore"
 VOID_RULES = ("ignore", "background")
+PEOPLE = ("person", "rider", "pedestrian", "bicyclist")
 
 # Cityscapes' 34 label ids, names, trainIds and colours (cityscapesscripts, helpers/labels.py).
 _CITYSCAPES = """
@@ -63,7 +64,7 @@ _CAMVID = """
    11  unlabelled            255        0   0   0    void
 """
 
-# The seven classes wear the Cityscapes colour of their main member; background wears fence's.
+# Each of the seven classes has the Cityscapes colour of its main member; background has that of fence.
 _SEVEN = {
     "background": (190, 153, 153),
     "road": (128, 64, 128),
@@ -79,16 +80,13 @@ _SEVEN = {
 class ClassSet:
     """One way to sort the source ids of a data set into classes 0..C-1 and void.
 
-    name      "cityscapes7", "cityscapes19", "camvid11" or "camvid7"
-    layout    "cityscapes" or "camvid": whose source ids it reads
-    names     C class names
-    colours   (C, 3) uint8 RGB
-    known     (256,) bool: the source ids that exist
-    lookup    (256,) uint8: source id -> class id, IGNORE_INDEX for void (and for ids that do not exist)
+    names    C class names
+    colours  (C, 3) uint8 RGB
+    known    (256,) bool: the source ids that exist
+    lookup   (256,) uint8: source id -> class id, IGNORE_INDEX for void (and for ids that do not exist)
     """
 
     name: str
-    layout: str
     names: tuple[str, ...]
     colours: np.ndarray
     known: np.ndarray
@@ -99,8 +97,13 @@ class ClassSet:
 
     @property
     def void_rules(self) -> tuple[str, ...]:
-        """The void rules that make sense here: "background" needs a background to put void into."""
+        """The void rules that make sense here: "background" needs a background class to put void into."""
         return VOID_RULES if self.names[0] == "background" else VOID_RULES[:1]
+
+    @property
+    def people(self) -> tuple[str, ...]:
+        """The classes that are people: occluders are aimed at them by default."""
+        return tuple(name for name in self.names if name in PEOPLE)
 
     def paint(self, mask: np.ndarray) -> np.ndarray:
         """Class ids (H, W), 255 = void -> RGB (H, W, 3) uint8; void is black."""
@@ -110,12 +113,12 @@ class ClassSet:
 
 
 def _rows(table: str) -> list[tuple]:
-    """(id, name, trainId, colour, seven-class name) of each line of a table above."""
+    """Rows of a table above: id, name, trainId, colour, name in the seven-class set."""
     lines = (line.split() for line in table.strip().splitlines()[1:])
     return [(int(id_), name, int(train), (int(r), int(g), int(b)), seven) for id_, name, train, r, g, b, seven in lines]
 
 
-def _class_set(name: str, layout: str, table: str, seven: bool) -> ClassSet:
+def _class_set(name: str, table: str, seven: bool) -> ClassSet:
     rows = _rows(table)
     kept = sorted((train, name, colour) for _, name, train, colour, _ in rows if train != IGNORE_INDEX)
     names = tuple(_SEVEN) if seven else tuple(name for _, name, _ in kept)
@@ -124,12 +127,12 @@ def _class_set(name: str, layout: str, table: str, seven: bool) -> ClassSet:
     for id_, _, train, _, seven_name in rows:
         known[id_] = True
         lookup[id_] = train if not seven else IGNORE_INDEX if seven_name == "void" else names.index(seven_name)
-    return ClassSet(name, layout, names, np.array(colours, np.uint8), known, lookup)
+    return ClassSet(name, names, np.array(colours, np.uint8), known, lookup)
 
 
 CLASS_SETS = {
-    "cityscapes7": _class_set("cityscapes7", "cityscapes", _CITYSCAPES, seven=True),
-    "cityscapes19": _class_set("cityscapes19", "cityscapes", _CITYSCAPES, seven=False),
-    "camvid11": _class_set("camvid11", "camvid", _CAMVID, seven=False),
-    "camvid7": _class_set("camvid7", "camvid", _CAMVID, seven=True),
+    "cityscapes7": _class_set("cityscapes7", _CITYSCAPES, seven=True),
+    "cityscapes19": _class_set("cityscapes19", _CITYSCAPES, seven=False),
+    "camvid11": _class_set("camvid11", _CAMVID, seven=False),
+    "camvid7": _class_set("camvid7", _CAMVID, seven=True),
 }

@@ -1,9 +1,10 @@
-"""Files that are whole or not there at all, folders with one writer, and reading that cannot be made to hang."""
+"""Files that are complete or absent, folders with one writer at a time, and errors in one line."""
 
 import errno
 import json
 import os
 import re
+import secrets
 import stat
 import sys
 from collections.abc import Iterator
@@ -13,22 +14,40 @@ from typing import IO
 
 from filelock import FileLock, Timeout
 
-MAX_BYTES = 1 << 28  # what a file may have that is read whole
-TEMPORARY = re.compile(r"\..+\.\d+\.tmp", re.DOTALL)
+MAX_BYTES = 1 << 28  # largest file that is read whole
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp", re.DOTALL)
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO)
+
+
+class UserError(ValueError):
+    """Something we were given is wrong; the message is complete without a traceback."""
+
+
+class FileError(OSError, UserError):
+    """A file could not be read or written; the message names it."""
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
+
+
+def file_error(error: OSError, path: Path | str) -> FileError:
+    """The same error, naming `path`."""
+    advice = "; free some space (what was saved before is intact)" if error.errno == errno.ENOSPC else ""
+    return FileError(error.errno, f"{error.strerror or error}{advice}", str(path))
 
 
 @contextmanager
 def atomic_open(path: Path, durable: bool = False) -> Iterator[IO[bytes]]:
-    """Open `path` for writing bytes; it appears, whole, when the block ends, and not at all if the block fails.
+    """Open `path` for writing bytes; the file appears complete when the block ends, and not at all if the block fails.
 
-    durable  wait until it is on the disk, so that not even a power failure leaves less than the old file or the new
-    An OSError names `path`.
+    durable  flush to disk first, so that a power failure leaves either the old file or the new one
+    Raises FileError naming `path`; its folder must exist.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # never follows a link
+        with open(descriptor, "wb") as file:
             yield file
             if durable:
                 file.flush()
@@ -37,71 +56,72 @@ def atomic_open(path: Path, durable: bool = False) -> Iterator[IO[bytes]]:
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError):  # of a full disk the system names no file, of the others the temporary one
-            advice = "; free some space, what was saved before is intact" if error.errno == errno.ENOSPC else ""
-            raise OSError(error.errno, f"{error.strerror}{advice}", str(path)) from None
+        if isinstance(error, OSError):
+            raise file_error(error, path) from None
         raise
 
 
-@contextmanager
-def exclusive(folder: Path, wait: bool = False, below: tuple[str, ...] = ()) -> Iterator[None]:
-    """Be the only process that writes into `folder`, and clear what killed ones left unfinished there.
+def make_folder(path: Path) -> Path:
+    """Create a folder and its parents. Raises FileError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise file_error(error, path) from None
+    return path
 
-    wait   for another process to end; otherwise a ValueError says that there is one
-    below  patterns of the folders in it that are written, too
-    The lock ends with the process, however that ends.
+
+@contextmanager
+def exclusive(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Be the only process that writes into `folder`, and remove temporary files that killed processes left there.
+
+    wait  wait for another writer to finish; otherwise raise UserError when there is one
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(make_folder(folder) / ".lock")
     try:
         lock.acquire(timeout=0)
-    except NotImplementedError:  # a file system without locks
-        pass
     except Timeout:
         if not wait:
-            raise ValueError(
-                f"{folder}: expected to be alone, found another process at work in it; wait, or choose another folder"
-            ) from None
-        print(f"{folder}: waiting for another process at work in it", file=sys.stderr)
+            raise UserError(f"{folder}: another process is writing here; wait for it, or use another folder") from None
+        print(f"{folder}: waiting for another process that is writing here", file=sys.stderr)
         lock.acquire()
+    except (NotImplementedError, OSError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
+            raise file_error(error, folder) from None
+        print(f"warning: {folder}: this file system has no locks; start one process at a time here", file=sys.stderr)
     try:
-        _clear(folder, below)
+        for path in folder.glob(".*.tmp"):
+            if TEMPORARY.fullmatch(path.name):
+                path.unlink(missing_ok=True)
         yield
-        _clear(folder, below)  # of workers that were killed meanwhile
     finally:
         lock.release()
 
 
-def _clear(folder: Path, below: tuple[str, ...]) -> None:
-    for place in (folder, *(place for pattern in below for place in folder.glob(pattern))):
-        for path in place.glob(".*.tmp"):
-            if TEMPORARY.fullmatch(path.name):
-                path.unlink(missing_ok=True)
-
-
 def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
-    """The content of a file of at most `most` bytes. Raises ValueError for anything but a regular file, or a larger."""
-    found = Path(path).stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f"{path}: expected a regular file, found a folder, a pipe or a device")
-    if found.st_size > most:
-        raise ValueError(f"{path}: expected at most {most} bytes, found {found.st_size}")
-    return Path(path).read_bytes()
+    """Content of a regular file of at most `most` bytes. Raises UserError naming the file."""
+    try:
+        found = Path(path).stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{path}: expected a regular file, found a folder, a pipe or a device")
+        if found.st_size > most:
+            raise UserError(f"{path}: expected at most {most} bytes, found {found.st_size}")
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise file_error(error, path) from None
 
 
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, atomically and durably."""
     with atomic_open(path, durable=True) as file:
-        file.write((json.dumps(value, indent=2) + "\n").encode())
+        file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in `path`. Raises ValueError, naming the file, when it holds anything else."""
+    """The JSON object in `path`. Raises UserError naming the file when it holds anything else."""
     try:
         value = json.loads(read_bytes(path).decode())
-    except (ValueError, RecursionError) as error:
-        reason = str(error).removeprefix(f"{path}: ")
-        raise ValueError(f"{path}: expected a JSON object, found {reason}; restore it or write it anew") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: expected a JSON object, found {error}; restore the file or write it again") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}; restore it or write it anew")
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}; restore the file")
     return value

@@ -1,7 +1,12 @@
-"""Losses as ratios of sums over the whole batch; void pixels are in none of the sums, and a batch of void has loss 0.
+"""Losses as ratios of sums over the global batch; void pixels are in no sum, and a batch that is all void has loss 0.
 
-All take logits (N, C, H, W) float and mask (N, H, W) int64 with class ids 0..C-1 or `ignore_index`.
+A loss takes logits (N, C, H, W) float, mask (N, H, W) int64 with class ids 0..C-1 or IGNORE_INDEX, and
+    class_weights  (C,) float, or None for equal weights
+    all_sum        adds a tensor up over all processes, differentiably; every sum must go through it
+and, as further parameters, any settings by their names. To add a loss, write it here and enter it in LOSSES.
 """
+
+from collections.abc import Callable
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,36 +14,47 @@ from torch.nn import functional as F
 from .classes import IGNORE_INDEX
 
 
+def this_process(tensor: Tensor) -> Tensor:
+    """`all_sum` where there is one process."""
+    return tensor
+
+
 def cross_entropy(
-    logits: Tensor, mask: Tensor, class_weights: Tensor | None = None, ignore_index: int = IGNORE_INDEX
+    logits: Tensor,
+    mask: Tensor,
+    class_weights: Tensor | None = None,
+    all_sum: Callable[[Tensor], Tensor] = this_process,
 ) -> Tensor:
-    """Cross-entropy averaged over the valid pixels, each weighing as much as its class.
-
-    class_weights  (C,) float, or None for equal weights
-    """
+    """Cross-entropy averaged over the valid pixels, each weighted by its class."""
     # per pixel, then the sum: PyTorch's own sum is not deterministic on CUDA
-    total = F.cross_entropy(logits.float(), mask, class_weights, ignore_index=ignore_index, reduction="none").sum()
-    valid = mask != ignore_index
+    loss = F.cross_entropy(logits, mask, class_weights, ignore_index=IGNORE_INDEX, reduction="none").sum()
+    valid = mask != IGNORE_INDEX
     if class_weights is None:
-        return total / valid.sum().clamp(min=1)
-    return total / (class_weights[mask.where(valid, 0)] * valid).sum().clamp(min=class_weights.min())
+        return all_sum(loss) / all_sum(valid.sum()).clamp(min=1)
+    weight = (class_weights[mask.where(valid, 0)] * valid).sum()
+    return all_sum(loss) / all_sum(weight).clamp(min=class_weights.min())
 
 
-def dice_loss(logits: Tensor, mask: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
-    """1 - soft Dice, averaged over the classes present in the batch's masks; in [0, 1].
+def dice_loss(
+    logits: Tensor,
+    mask: Tensor,
+    class_weights: Tensor | None = None,
+    all_sum: Callable[[Tensor], Tensor] = this_process,
+) -> Tensor:
+    """1 - soft Dice, averaged over the classes present in the batch's masks; in [0, 1]. Every class counts alike.
 
     Dice of a class is 2 Σ p·t / (Σ p + Σ t) over all valid pixels of the batch.
     After Milletari et al., "V-Net", 3DV 2016; classes absent from the batch are left out.
     """
-    num_classes = logits.shape[1]
-    valid = (mask != ignore_index).unsqueeze(1)  # (N, 1, H, W)
-    truth = F.one_hot(mask.where(mask != ignore_index, 0), num_classes)  # (N, H, W, C)
+    valid = (mask != IGNORE_INDEX).unsqueeze(1)  # (N, 1, H, W)
+    truth = F.one_hot(mask.where(mask != IGNORE_INDEX, 0), logits.shape[1])  # (N, H, W, C)
     truth = truth.movedim(-1, 1) * valid  # (N, C, H, W)
-    probs = logits.float().softmax(dim=1) * valid  # (N, C, H, W)
-    overlap = (probs * truth).sum(dim=(0, 2, 3))  # (C,)
-    size = probs.sum(dim=(0, 2, 3)) + truth.sum(dim=(0, 2, 3))
-    present = truth.any(dim=3).any(dim=2).any(dim=0)
-    loss = 1 - 2 * overlap / size.clamp(min=1e-6)
+    probs = logits.softmax(dim=1) * valid  # (N, C, H, W)
+    overlap = all_sum((probs * truth).sum(dim=(0, 2, 3)))  # (C,)
+    num_pixels = all_sum(truth.sum(dim=(0, 2, 3)))  # (C,)
+    total = all_sum(probs.sum(dim=(0, 2, 3))) + num_pixels
+    present = num_pixels > 0
+    loss = 1 - 2 * overlap / total.clamp(min=1e-6)
     return loss.where(present, 0).sum() / present.sum().clamp(min=1)
 
 
@@ -46,9 +62,12 @@ def ce_dice(
     logits: Tensor,
     mask: Tensor,
     class_weights: Tensor | None = None,
+    all_sum: Callable[[Tensor], Tensor] = this_process,
     dice_share: float = 0.5,
-    ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """(1 - dice_share) · cross-entropy + dice_share · Dice; dice_share in [0, 1]."""
-    ce = cross_entropy(logits, mask, class_weights, ignore_index)
-    return (1 - dice_share) * ce + dice_share * dice_loss(logits, mask, ignore_index)
+    ce = cross_entropy(logits, mask, class_weights, all_sum)
+    return (1 - dice_share) * ce + dice_share * dice_loss(logits, mask, class_weights, all_sum)
+
+
+LOSSES = {"ce": cross_entropy, "ce_dice": ce_dice, "dice": dice_loss}

@@ -1,4 +1,4 @@
-"""Scores from one integer confusion matrix per split, under both void rules at once."""
+"""Scores from one integer confusion matrix per image, under both void rules at once."""
 
 import numpy as np
 import torch
@@ -7,15 +7,18 @@ from torch import Tensor
 from .classes import IGNORE_INDEX
 
 
-def confusion_matrix(pred: Tensor, mask: Tensor, num_classes: int) -> Tensor:
-    """Pixel counts, truth x prediction, with void as a last row of its own: (C + 1, C) int64.
+def confusion_matrices(pred: Tensor, mask: Tensor, num_classes: int) -> Tensor:
+    """Pixel counts per image, truth x prediction, with void as the last row: (N, C + 1, C) int64.
 
-    pred  integer class ids 0..C-1, any shape
-    mask  class ids 0..C-1 or IGNORE_INDEX, same shape
+    pred  (N, ...) integer class ids 0..C-1
+    mask  (N, ...) class ids 0..C-1 or IGNORE_INDEX, same shape
     """
+    cells = (num_classes + 1) * num_classes
     truth = mask.long().where(mask != IGNORE_INDEX, num_classes)
-    counts = torch.bincount((truth * num_classes + pred).flatten(), minlength=(num_classes + 1) * num_classes)
-    return counts.reshape(num_classes + 1, num_classes)
+    image = torch.arange(len(mask), device=mask.device).view(-1, *[1] * (mask.dim() - 1))
+    cell = image * cells + truth * num_classes + pred
+    counts = torch.bincount(cell.flatten(), minlength=len(mask) * cells)
+    return counts.reshape(len(mask), num_classes + 1, num_classes)
 
 
 def under_rule(confusion: np.ndarray, void: str) -> np.ndarray:
@@ -26,32 +29,44 @@ def under_rule(confusion: np.ndarray, void: str) -> np.ndarray:
     return counts
 
 
-def scores(confusion: np.ndarray, names: tuple[str, ...], void: str) -> dict:
-    """IoU, precision, recall and F1 per class, their mean IoU, and pixel accuracy; all in [0, 1].
+def iou(counts: np.ndarray) -> np.ndarray:
+    """(C, C) counts -> IoU of each class (C,), NaN for a class without a pixel of truth."""
+    hits, truth, pred = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
+    return np.where(truth > 0, hits / np.maximum(truth + pred - hits, 1), np.nan)
 
-    confusion  (C + 1, C) integer pixel counts from `confusion_matrix`
+
+def miou(counts: np.ndarray) -> float:
+    """Mean IoU over the classes present in the truth; NaN when there is none."""
+    return float(np.nanmean(iou(counts))) if counts.any() else float("nan")
+
+
+def accuracy(counts: np.ndarray) -> float:
+    """Share of the pixels that are right."""
+    return float(counts.trace() / max(counts.sum(), 1))
+
+
+METRICS = {"miou": miou, "accuracy": accuracy}  # name -> function of (C, C) counts -> number; in every output
+
+
+def scores(confusion: np.ndarray, names: tuple[str, ...], void: str) -> dict:
+    """Every number in METRICS, and IoU, precision, recall and F1 per class; all in [0, 1].
+
+    confusion  (C + 1, C) integer pixel counts, the sum of `confusion_matrices` over images
     void       "ignore" or "background"
     A class without a pixel of truth has scores None, is left out of mIoU, and is listed under "absent". A ratio with
-    nothing below the line (the precision of a class never predicted) is 0.
+    denominator 0 (the precision of a class never predicted) is 0.
     """
     counts = under_rule(np.asarray(confusion), void)
     hits, truth, pred = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
     columns = {
-        "iou": hits / np.maximum(truth + pred - hits, 1),
+        "iou": iou(counts),
         "precision": hits / np.maximum(pred, 1),
         "recall": hits / np.maximum(truth, 1),
         "f1": 2 * hits / np.maximum(truth + pred, 1),
     }
-    present = truth > 0
-    classes = {
-        name: {key: float(values[c]) if present[c] else None for key, values in columns.items()}
-        | {"pixels": int(truth[c])}
-        for c, name in enumerate(names)
-    }
-    return {
-        "void": void,
-        "miou": float(columns["iou"][present].mean()) if present.any() else None,
-        "accuracy": float(hits.sum() / max(truth.sum(), 1)),
-        "classes": classes,
-        "absent": [name for c, name in enumerate(names) if not present[c]],
-    }
+    classes = {}
+    for c, name in enumerate(names):
+        values = {key: float(column[c]) if truth[c] else None for key, column in columns.items()}
+        classes[name] = values | {"pixels": int(truth[c])}
+    totals = {name: value if (value := metric(counts)) == value else None for name, metric in METRICS.items()}
+    return {"void": void, **totals, "classes": classes, "absent": [n for c, n in enumerate(names) if not truth[c]]}

@@ -1,10 +1,10 @@
-"""The U-Net: configurable width and depth, any input size."""
+"""The U-Net, with any width and depth and for any input size, and the table of networks."""
+
+import inspect
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-MOST = {"channels": 1024, "depth": 8}  # what a network may ask for
 
 
 class UNet(nn.Module):
@@ -12,7 +12,7 @@ class UNet(nn.Module):
 
     num_classes  C of the logits
     channels     width of the first level; each level down doubles it
-    depth        number of downsamplings; channels=64, depth=3 is the published 7.7 M network, 64/4 the 31 M one
+    depth        number of downsamplings; 64/3 is the published network with 7.7 M parameters, 64/4 the one with 31 M
     After Ronneberger et al., "U-Net", MICCAI 2015, with padded convolutions and batch normalisation (Ioffe & Szegedy,
     2015), weights drawn as in He et al., ICCV 2015.
     """
@@ -55,3 +55,16 @@ def _initialise(layer: nn.Module) -> None:
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
+
+
+MODELS = {"unet": UNet}  # name -> function (num_classes, any settings by their names) -> network of logits
+
+
+def build_model(settings: dict, num_classes: int) -> nn.Module:
+    """The network that `settings` name, with random weights.
+
+    settings  a run's settings, of which the network takes those that its parameters are named after
+    """
+    make = MODELS[settings["model"]]
+    knobs = {name: settings[name] for name in inspect.signature(make).parameters if name in settings}
+    return make(num_classes, **knobs)

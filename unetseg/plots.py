@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from .classes import ClassSet
-from .files import atomic_open
+from .files import atomic_open, make_folder
 
 STAGE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # Okabe & Ito's colour-blind-safe palette
 WIDTH = 8.5  # inches: a notebook's column
@@ -21,19 +21,18 @@ def panels(rows: list[list[np.ndarray]], titles: list[str], class_set: ClassSet,
     row_names  optional, one per row, written on the left
     """
     height, width = rows[0][0].shape[:2]
-    cell, gap = WIDTH / len(titles), max(2, width // 40)
-    places = [[n * (side + gap) for n in range(number)] for side, number in ((height, len(rows)), (width, len(titles)))]
-    whole = np.full((places[0][-1] + height, places[1][-1] + width, 3), 255, np.uint8)  # one picture draws fast
-    for y, pictures in zip(places[0], rows, strict=True):
-        for x, picture in zip(places[1], pictures, strict=True):
+    gap = max(2, width // 40)
+    ys, xs = ([n * (side + gap) for n in range(count)] for side, count in ((height, len(rows)), (width, len(titles))))
+    whole = np.full((ys[-1] + height, xs[-1] + width, 3), 255, np.uint8)  # one picture draws faster than many
+    for y, pictures in zip(ys, rows, strict=True):
+        for x, picture in zip(xs, pictures, strict=True):
             whole[y : y + height, x : x + width] = picture
-    figure = Figure(figsize=(WIDTH, cell * height / width * len(rows) + 0.9), layout="constrained")
+    figure = Figure(figsize=(WIDTH, WIDTH / len(titles) * height / width * len(rows) + 0.9), layout="constrained")
     ax = figure.subplots()
     ax.imshow(whole, interpolation="nearest", aspect="auto")
     ax.xaxis.tick_top()
-    ax.set_xticks([x + width / 2 for x in places[1]], titles)
-    named = zip(places[0], row_names) if row_names else ()
-    ax.set_yticks([y + height / 2 for y, _ in named], row_names, rotation=90, va="center")
+    ax.set_xticks([x + width / 2 for x in xs], titles)
+    ax.set_yticks([y + height / 2 for y in ys[: len(row_names)]], row_names, rotation=90, va="center")
     ax.tick_params(length=0, labelsize="large")
     ax.spines[:].set_visible(False)
     handles = [Patch(color=colour / 255, label=name) for name, colour in zip(class_set.names, class_set.colours)]
@@ -44,12 +43,8 @@ def panels(rows: list[list[np.ndarray]], titles: list[str], class_set: ClassSet,
 
 
 def class_distribution(class_set: ClassSet, shares: dict[str, np.ndarray], title: str = "") -> Figure:
-    """Bars of each class's share of the pixels.
-
-    shares  label of a group of bars -> (C + 1,) shares in [0, 1], void last
-    """
-    names = [*class_set.names, "void"]
-    colours = np.vstack([class_set.colours, np.zeros((1, 3))]) / 255
+    """Bars of each class's share of the pixels; shares: label of a group of bars -> (C + 1,) in [0, 1], void last."""
+    names, colours = [*class_set.names, "void"], np.vstack([class_set.colours, np.zeros((1, 3))]) / 255
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     ax = figure.subplots()
     fades = [{"color": colours, "alpha": 1 if group == 0 else 0.5} for group in range(len(shares))]
@@ -62,22 +57,20 @@ def class_distribution(class_set: ClassSet, shares: dict[str, np.ndarray], title
 
 
 def training_curves(history: list[dict], title: str = "") -> Figure:
-    """Losses and learning rate on the left, validation mIoU with its best epoch on the right.
-
-    history  one dict per epoch, with the columns of history.csv
-    """
-    column = {key: np.array([float(row[key]) for row in history]) for key in history[0]}
+    """Losses on the left, validation mIoU with its best epoch on the right; `history` as in history.csv."""
+    epoch, train_loss, val_loss, miou = (
+        np.array([float(row[key]) for row in history]) for key in ("epoch", "train_loss", "val_loss", "val_miou")
+    )
     figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(column["epoch"], column["train_loss"], "o-", ms=3, color=STAGE_COLOURS[0], label="train")
-    left.plot(column["epoch"], column["val_loss"], "s-", ms=3, color=STAGE_COLOURS[1], label="val")
+    left.plot(epoch, train_loss, "o-", ms=3, color=STAGE_COLOURS[0], label="train")
+    left.plot(epoch, val_loss, "s-", ms=3, color=STAGE_COLOURS[1], label="val")
     left.set(xlabel="epoch", ylabel="loss", title=title)
     left.legend(frameon=False)
-    best = int(column["val_miou"].argmax())
-    right.plot(column["epoch"], column["val_miou"], "o-", ms=3, color=STAGE_COLOURS[2])
-    right.plot(column["epoch"][best], column["val_miou"][best], "*", ms=14, color=STAGE_COLOURS[3])
-    right.set(xlabel="epoch", ylabel="val mIoU")
-    right.set_title(f"best {column['val_miou'][best]:.3f} at epoch {column['epoch'][best]:.0f}")
+    best = int(miou.argmax())
+    right.plot(epoch, miou, "o-", ms=3, color=STAGE_COLOURS[2])
+    right.plot(epoch[best], miou[best], "*", ms=14, color=STAGE_COLOURS[3])
+    right.set(xlabel="epoch", ylabel="val mIoU", title=f"best {miou[best]:.3f} at epoch {epoch[best]:.0f}")
     for ax in (left, right):
         ax.xaxis.get_major_locator().set_params(integer=True)
     return _clean(figure)
@@ -109,10 +102,7 @@ def confusion_matrix(confusion: np.ndarray, names: tuple[str, ...], focus: str =
 
 
 def iou_by_stage(scores: dict[str, dict[str, float | None]]) -> Figure:
-    """Per-class IoU of several runs side by side.
-
-    scores  run name -> {class name or "mIoU": value in [0, 1], None where the split lacks the class}
-    """
+    """IoU per class of several runs; scores: run -> {class or "mIoU": value in [0, 1], None for an absent class}."""
     names = list(next(iter(scores.values())))
     values = [[np.nan if score[name] is None else score[name] for name in names] for score in scores.values()]
     styles = [{"color": STAGE_COLOURS[n % len(STAGE_COLOURS)], "label": run} for n, run in enumerate(scores)]
@@ -136,8 +126,8 @@ def _grouped_bars(ax: Axes, names: list[str], groups: list, styles: list[dict], 
 
 def save(figure: Figure, path: Path) -> Path:
     """Write a figure as .png or .svg (drawings) or .jpg (photographs, smaller), atomically; same figure, same bytes."""
-    by_format = {".jpg": {"pil_kwargs": {"quality": 85}}, ".svg": {"metadata": {"Date": None}}}
-    quality = by_format.get(path.suffix, {})
+    quality = {".jpg": {"pil_kwargs": {"quality": 85}}, ".svg": {"metadata": {"Date": None}}}.get(path.suffix, {})
+    make_folder(path.parent)
     with atomic_open(path) as file:
         figure.savefig(file, format=path.suffix[1:], dpi=80, **quality)
     return path

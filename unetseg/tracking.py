@@ -1,182 +1,219 @@
-"""Weights & Biases as a mirror of the run: never a prompt, never a hang, never a reason to stop."""
+"""Weights & Biases as a mirror of the run: it never prompts, never stops training, and waits less than 30 s in all."""
 
 import contextlib
-import hashlib
-import netrc
 import os
 import secrets
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
-import psutil
-import requests
-import wandb
+from tqdm import tqdm
 
+from . import checkpoint
 from .classes import IGNORE_INDEX
+from .data import SegmentationSet
+from .files import UserError, read_json, write_json
+from .inference import best_model, predictions
+from .metrics import scores, under_rule
+from .train import State
 
-PATIENCE = 5  # seconds that the server may take to answer
-
-
-class ServerGone(Exception):
-    """The server of an online run does not answer any more."""
-
-
-def choose_mode(say: Callable[[str], None]) -> str:
-    """What W&B is told to (WANDB_MODE, `wandb offline`), if not "online"; else that, if the server takes a key."""
-    asked = os.environ.get("WANDB_MODE") or _settings().mode
-    if asked != "online":
-        return asked
-    server, key = server_and_key()
-    refusal = _refusal(server, key) if key else ""
-    if refusal:
-        say(f"{refusal}; logging offline, `wandb sync` uploads later")
-    return "online" if key and not refusal else "offline"
+LIMITS = {"init_timeout": 8, "finish_timeout": 6, "finish_timeout_raises": True}  # seconds that W&B may wait
+LIMITS |= {"x_transaction_log_flush_interval": 1}  # and until a row is on disk, whatever becomes of this process
+PICTURES, PICTURE_STEPS = 4, 25  # val images shown over time; training steps between two times at least
+RECORD = "wandb.json"  # in the run folder: W&B's id, how many epochs W&B has, and which best weights
 
 
-def _settings() -> "wandb.Settings":
-    if "WANDB_API_KEY" in os.environ:
-        os.environ["WANDB_API_KEY"] = os.environ["WANDB_API_KEY"].strip()  # W&B stumbles over the blanks of pasted ones
+class Tracker:
+    """The W&B run of a run folder while it trains, as a context; problems are printed, never raised."""
+
+    def __init__(self, folder: Path, config: dict, val_set: SegmentationSet, state: State) -> None:
+        self.folder, self.config, self.val_set, self.state, self.run = folder, config, val_set, state, None
+        self.record = {"id": secrets.token_hex(4), "epochs": 0, "best": None} | read_record(folder)
+        self.every = max(1, config["cycles"][-1] // 10, -(-PICTURE_STEPS // state.steps_per_epoch))
+
+    def __enter__(self) -> "Tracker":
+        with print_problems():
+            self.start()
+            for row in self.state.history[self.record["epochs"] :] if self.run else ():  # of a session that was killed
+                self.run.log(values(row))
+        return self
+
+    def start(self) -> None:
+        """Begin or continue the W&B run: online, or offline where there is no key or the server does not answer."""
+        settings = user_settings()
+        if settings.mode == "disabled":
+            return
+        import wandb
+
+        limits = {key: value for key, value in LIMITS.items() if key in wandb.Settings.model_fields}
+        self.bounded, online, why = "finish_timeout" in limits, settings.mode == "online" and has_key(settings), ""
+        if online and not self.bounded:
+            online, why = False, f"wandb {wandb.__version__} may wait for its server without end, so"
+        options = self.options(settings) | {"settings": wandb.Settings(silent=True, console="off", **limits)}
+        for _ in range(2 if online else 0):
+            try:
+                self.run, why = wandb.init(id=self.record["id"], **options), ""
+                break
+            except wandb.errors.Error as error:
+                why = f"{str(error).strip()[:100]};"
+                wandb.teardown()
+                if "previously created and deleted" not in why:
+                    break
+                self.record |= {"id": secrets.token_hex(4), "epochs": 0}  # an id that was deleted is never free again
+        mode = "offline" if settings.mode in ("online", "offline") else settings.mode
+        self.run = self.run or wandb.init(id=self.record["id"], **options | {"mode": mode})
+        if why:
+            tqdm.write(f"warning: W&B: {why} logging offline; to upload later: {self.upload_command()}", sys.stderr)
+        write_json(self.folder / RECORD, self.record)
+        self.run.define_metric("*", step_metric="epoch")
+        for name in ("val/miou", "val/accuracy"):
+            self.run.define_metric(name, step_metric="epoch", summary="max")
+        if online and self.config["init_sha256"] and not why:
+            with contextlib.suppress(Exception):  # the parent was logged elsewhere, or offline
+                stage = checkpoint.load_weights(Path(self.config["settings"]["init"]))[1]["stage"]
+                parent = f"unet-{stage}:{alias(self.config['init_sha256'])}"
+                bounded(4, lambda: self.run.use_artifact(parent))
+
+    def options(self, settings) -> dict:
+        """Arguments of wandb.init; what the environment and `wandb init` say wins over our defaults."""
+        os.environ["WANDB_DATA_DIR"] = str(self.folder.resolve() / "wandb")  # artifacts are staged there
+        ours, facts = self.config["settings"], {k: v for k, v in self.config.items() if k not in ("format", "data")}
+        facts |= {f"{name}_sha256": split["sha256"] for name, split in self.config["data"].items()}
+        options = {"dir": str(self.folder), "config": facts, "resume": "allow", "mode": settings.mode}
+        options |= {"project": ours["project"] or settings.project or "unetseg", "job_type": ours["stage"]}
+        options |= {} if settings.run_name else {"name": f"{self.folder.name}-seed{ours['seed']}"}
+        return options | ({} if settings.run_group else {"group": self.folder.resolve().parent.name})
+
+    def log(self, row: dict) -> None:
+        """Log a row of the history and, now and then, what the network makes of the same few val images."""
+        with print_problems():
+            if self.run:
+                pictures = {}
+                if row["epoch"] == 1 or row["epoch"] % self.every == 0:
+                    shown = predictions(self.state.model, self.val_set, PICTURES, self.state.precision)
+                    pictures["val/pictures"] = overlays(*shown, self.config["classes"])
+                self.run.log(values(row) | pictures)
+
+    def log_best(self) -> None:
+        """Log what the best weights do on val (pictures, confusion matrix, scores), and the weights."""
+        import wandb
+
+        names, best, weights = self.config["classes"], self.state.best, self.folder / checkpoint.WEIGHTS
+        confusion, sha256 = best["confusion"].numpy(), checkpoint.weights_sha256(self.folder)
+        counts = under_rule(confusion, self.state.void)
+        rows = [[names[t], names[p], int(counts[t, p])] for t, p in np.ndindex(counts.shape)]
+        table = wandb.Table(columns=["Actual", "Predicted", "nPredictions"], data=rows)
+        fields, columns = {key: key for key in table.columns}, ("iou", "precision", "recall", "f1")
+        score = scores(confusion, names, self.state.void)["classes"]
+        logged = {"best/pictures": overlays(*predictions(best_model(self.folder)[0], self.val_set, PICTURES), names)}
+        title = {"title": "val, pixels"}
+        logged["best/confusion"] = wandb.plot_table("wandb/confusion_matrix/v1", table, fields, title)
+        rows = [[name, *(found[key] for key in columns)] for name, found in score.items()]
+        self.run.log(logged | {"best/classes": wandb.Table(columns=["class", *columns], data=rows)})
+        facts = {"epoch": best["epoch"], "val_miou": best["val_miou"], "sha256": sha256}
+        artifact = wandb.Artifact(f"unet-{self.config['settings']['stage']}", type="model", metadata=facts)
+        artifact.add_file(str(weights))
+        bounded(5, lambda: self.run.log_artifact(artifact, aliases=["best", alias(sha256)]))
+        self.record["best"] = sha256
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if not self.run:
+            return
+        failed, done = kind is not None and issubclass(kind, Exception), len(self.state.history)
+        with print_problems():
+            if not failed and done == self.config["cycles"][-1] and self.state.best:
+                self.log_best()
+        with print_problems(f"; to upload the rest later: {self.upload_command()}"):
+            self.record["epochs"] = done
+            bounded(10, lambda: self.run.finish(int(failed)))
+            write_json(self.folder / RECORD, self.record)
+
+    def upload_command(self) -> str:
+        """What uploads this session later: of several sessions the oldest first."""
+        how = "--include-online" if self.bounded else "--append"
+        return f"wandb sync {how} '{Path(self.run.dir).parent}'"
+
+
+@contextlib.contextmanager
+def print_problems(advice: str = "") -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever happens to W&B, training goes on
+        tqdm.write(f"warning: W&B: {str(error).strip()[:300]}{advice}", sys.stderr)
+
+
+def bounded(seconds: float, call: Callable[[], object]) -> None:
+    """Call in a thread of its own. Raises its error, or TimeoutError when it takes longer."""
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            call()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {seconds} s")
+    if errors:
+        raise RuntimeError(str(errors[0])) from errors[0]
+
+
+def user_settings():
+    """What WANDB_* and the files of `wandb init` and `wandb offline` say; an empty variable counts as not set."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        os.environ[name] = os.environ[name].strip()  # pasted keys have blanks
+        if not os.environ[name]:
+            del os.environ[name]
+    import wandb
+
     settings = wandb.Settings()
     settings.update_from_system_settings()
     settings.update_from_env_vars(os.environ)
     return settings
 
 
-def server_and_key() -> tuple[str, str | None]:
-    """Where W&B's server is, and the user's key for it, if there is one."""
-    settings = _settings()
-    return settings.base_url, os.environ.get("WANDB_API_KEY") or _key_in_netrc(urlsplit(settings.base_url).hostname)
+def has_key(settings) -> bool:
+    """Whether there is a key for the server, in the environment or in ~/.netrc; asks neither the user nor the server."""
+    with contextlib.suppress(Exception):  # W&B's own reader is internal to it
+        from wandb.sdk.lib.wbauth import wbnetrc
+
+        return bool(settings.api_key or wbnetrc.read_netrc_auth(host=settings.base_url))
+    return False
 
 
-def _refusal(server: str, key: str) -> str:
-    """Why nothing can be logged to this server with this key, or "". W&B itself would wait for minutes, or for ever."""
-    host = urlsplit(server).hostname
-    try:
-        ask = {"json": {"query": "{viewer {id}}"}, "auth": ("api", key), "timeout": PATIENCE, "stream": True}
-        with requests.post(f"{server}/graphql", **ask) as answer:
-            if answer.status_code in (401, 403):
-                return f"{host} does not take the key"
-            return "" if answer.ok else f"{host} answers with HTTP status {answer.status_code}"
-    except (requests.RequestException, OSError, ValueError):
-        return f"{host} does not answer"
+def read_record(folder: Path) -> dict:
+    with contextlib.suppress(UserError):
+        return read_json(folder / RECORD)
+    return {}
 
 
-def _key_in_netrc(host: str) -> str | None:
-    try:
-        return (netrc.netrc().authenticators(host) or (None, None, None))[2]
-    except (OSError, netrc.NetrcParseError):
-        return None
+def wandb_is_waiting(folder: Path) -> bool:
+    """Whether W&B lacks the best weights of a finished run, because the process was killed before its last step."""
+    record = read_record(folder)
+    return bool(record) and record.get("best") != checkpoint.weights_sha256(folder)
 
 
-class Mirror:
-    """One W&B run; each method logs one kind of thing."""
-
-    def __init__(self, project: str, run: Path, config: dict, say: Callable[[str], None]) -> None:
-        self.about, self.rows = (project, run, config), []  # the rows: all epochs' numbers, as they were logged
-        os.environ["WANDB_DATA_DIR"] = str(run.resolve() / "wandb")  # artifacts are staged there by absolute path
-        run.mkdir(parents=True, exist_ok=True)
-        mode = choose_mode(say)
-        try:
-            self.run = self._start(mode, project, run, config)
-        except Exception as error:  # nor can W&B's errors be told apart beforehand
-            if mode != "online":
-                raise
-            say(f"online start failed ({error}); logging offline, `wandb sync` uploads later")
-            wandb.teardown()
-            self.run = self._start("offline", project, run, config)
-
-    def _start(self, mode: str, project: str, run: Path, config: dict) -> "wandb.Run":
-        settings = wandb.Settings(
-            silent=True, console="off", disable_git=True, save_code=False, x_stats_pid=os.getppid()
-        )
-        names = {
-            "name": f"{run.name}-seed{config['seed']}",
-            "group": run.resolve().parent.name,
-            "job_type": config["stage"],
-        }
-        names |= {"id": run_id(run), "resume": "allow"}
-        started = wandb.init(project=project, dir=str(run), mode=mode, config=config, settings=settings, **names)
-        started.define_metric("epoch")
-        started.define_metric("*", step_metric="epoch")
-        for name in ("val/miou", "val/accuracy"):
-            started.define_metric(name, step_metric="epoch", summary="max")
-        if mode == "online" and config.get("init_sha256"):
-            with contextlib.suppress(Exception):  # the parent was logged elsewhere, or offline
-                started.use_artifact(f"unet-{config['init_stage']}:{alias(config['init_sha256'])}")
-        return started
-
-    def check_server(self) -> None:
-        """Raise ServerGone when an online run's server does not answer any more: W&B would wait for it."""
-        refusal = "" if self.run.settings.mode != "online" else _refusal(*server_and_key())
-        if refusal:
-            raise ServerGone(refusal)
-
-    def epoch(self, record: dict, pictures: tuple | None = None) -> None:
-        """Log a row of history with its scores and, where there are some, pictures (images, masks, preds, names)."""
-        values = {"epoch": record["epoch"]}
-        values |= {f"train/{key}": record[key] for key in ("lr", "images_per_second", "skipped_steps")}
-        values |= {"train/loss": record["train_loss"], "val/loss": record["val_loss"], "val/miou": record["val_miou"]}
-        values |= {"train/gpu_gibibytes": record["gpu_gibibytes"], "val/accuracy": record["scores"]["accuracy"]}
-        values |= {f"val/iou/{name}": of["iou"] for name, of in record["scores"]["classes"].items()}
-        self.rows.append({key: value for key, value in values.items() if value is not None})
-        self.run.log(self.rows[-1] | ({"val/pictures": overlays(*pictures)} if pictures else {}))
-
-    def best(self, pictures: tuple, confusion: np.ndarray, scores: dict, weights: Path, metadata: dict) -> None:
-        """Log what the best weights do, and the weights: pictures (images, masks, preds, names), confusion and scores.
-
-        confusion  (C, C) pixel counts, truth x prediction
-        Not to a server that has gone: W&B would wait for it.
-        """
-        self.check_server()
-        names = pictures[-1]
-        rows = [[names[t], names[p], int(confusion[t, p])] for t, p in np.ndindex(confusion.shape)]
-        counts = wandb.Table(columns=["Actual", "Predicted", "nPredictions"], data=rows)
-        fields, preset = {key: key for key in counts.columns}, "wandb/confusion_matrix/v1"
-        columns = ("iou", "precision", "recall", "f1")
-        rows = [[name, *(of[key] for key in columns)] for name, of in scores["classes"].items()]
-        self.run.log(
-            {
-                "best/pictures": overlays(*pictures),
-                "best/confusion": wandb.plot_table(preset, counts, fields, {"title": "val, pixels"}),
-                "best/classes": wandb.Table(columns=["class", *columns], data=rows),
-            }
-        )
-        artifact = wandb.Artifact(f"unet-{metadata['stage']}", type="model", metadata=metadata)
-        artifact.add_file(str(weights))
-        self.run.log_artifact(artifact, aliases=["best", alias(hashlib.sha256(weights.read_bytes()).hexdigest())])
-
-    def finish(self, exit_code: int = 0) -> None:
-        """End the W&B run."""
-        self.check_server()
-        self.run.finish(exit_code)
-
-    def leave_server(self) -> None:
-        """End an online run whose server has gone, with all its numbers in W&B's files."""
-        if not hasattr(self.run.settings, "x_transaction_log_flush_interval"):
-            return self._log_again_offline()
-        ending = threading.Thread(target=self.run.finish, daemon=True)  # waits for the server without an end
-        ending.start()
-        ending.join(4 * PATIENCE)
-
-    def _log_again_offline(self) -> None:
-        """W&B before 0.31 keeps its file's last 32 KiB in memory until the run has ended (wandb/wandb#12742)."""
-        for process in psutil.Process().children(recursive=True):
-            process.kill()
-        with contextlib.suppress(SystemExit, OSError):  # W&B misses its process
-            wandb.teardown()
-        self.run = self._start("offline", *self.about)
-        for row in self.rows:
-            self.run.log(row)
-        self.run.finish()
+def values(row: dict) -> dict:
+    """A row of the history under W&B's names: train/loss, val/miou, val/iou/<class> ..."""
+    logged = {"epoch": row["epoch"]}
+    for key, value in row.items():
+        if key.startswith("val_"):
+            logged[f"val/{key[4:].replace('iou_', 'iou/', 1)}"] = value
+        elif key != "epoch":
+            logged[f"train/{key.removeprefix('train_')}"] = value
+    return {key: value for key, value in logged.items() if value is not None}
 
 
-def overlays(images: np.ndarray, masks: np.ndarray, preds: np.ndarray, names: tuple[str, ...]) -> list:
+def overlays(images: np.ndarray, masks: np.ndarray, preds: np.ndarray, names: list[str]) -> list:
     """Images (N, H, W, 3) uint8 with truth and prediction (N, H, W) as W&B's mask overlays."""
-    labels = dict(enumerate(names)) | {IGNORE_INDEX: "void"}
-    pictures = []
+    import wandb
+
+    labels, pictures = dict(enumerate(names)) | {IGNORE_INDEX: "void"}, []
     for image, mask, pred in zip(images, masks, preds, strict=True):
         layers = {"truth": mask, "prediction": pred}
         layers = {key: {"mask_data": value, "class_labels": labels} for key, value in layers.items()}
@@ -187,11 +224,3 @@ def overlays(images: np.ndarray, masks: np.ndarray, preds: np.ndarray, names: tu
 def alias(sha256: str) -> str:
     """The alias by which the artifact with these weights is found again."""
     return f"sha-{sha256[:12]}"
-
-
-def run_id(run: Path) -> str:
-    """The W&B id of a run folder, the same whenever its training goes on."""
-    path = run / "wandb_id.txt"
-    if not path.is_file():
-        path.write_text(secrets.token_hex(4))
-    return path.read_text().strip()

@@ -8,20 +8,18 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 
-from .memory import keep_freed
-
 
 def worker_pool(workers: int | None = None) -> ProcessPoolExecutor:
-    """A pool of `workers` processes (default: all cores) that end with the main process.
+    """A pool of `workers` processes (default: all cores) that end when the main process does.
 
-    They start with the first task; hand that in under `ctrl_c_for_us_alone`.
+    They start with the first task; submit that inside `ignore_ctrl_c`.
     """
-    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin)
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent)
 
 
 @contextmanager
-def ctrl_c_for_us_alone() -> Iterator[None]:
-    """Processes that are started in this block ignore Ctrl-C from their first moment on."""
+def ignore_ctrl_c() -> Iterator[None]:
+    """Processes that are started in this block ignore Ctrl-C; the main process tells them when to end."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -32,13 +30,8 @@ def ctrl_c_for_us_alone() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _begin() -> None:
-    end_with_parent()
-    keep_freed()
-
-
-def end_with_parent() -> None:
-    """Let this worker process end when its parent does; a parent that is killed cannot tell it to."""
+def _end_with_parent() -> None:
+    """End this worker when its parent ends; a parent that is killed cannot tell it to."""
 
     def wait() -> None:
         parent_process().join()

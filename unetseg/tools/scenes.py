@@ -1,19 +1,19 @@
-"""Drawn street scenes in the Cityscapes layout, for everyone without data: seen from a car, labelled to the pixel.
+"""Drawn street scenes in the Cityscapes layout, for users without data: seen from a car, labelled to the pixel.
 
-A pinhole camera 1.4 m above the road looks along it. Points are metres: x to the right, y up, z ahead. What is nearer
-is painted later, so occlusion comes by itself. The labels are Cityscapes' label ids; same seed, same bytes.
+A pinhole camera 1.4 m above the road looks along it. Points are in metres: x to the right, y up, z ahead. Near objects
+are painted last, so they occlude what is behind them. Labels are Cityscapes' label ids; same seed, same bytes.
 """
 
 from itertools import pairwise
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .files import atomic_open
-from .pool import ctrl_c_for_us_alone, worker_pool
+from ..files import atomic_open, make_folder
+from ..images import cv2
+from .workers import ignore_ctrl_c, worker_pool
 
 EGO, BORDER, ROAD, SIDEWALK, BUILDING, WALL, FENCE = 1, 2, 7, 8, 11, 12, 13
 POLE, LIGHT, SIGN, TREE, GRASS, SKY, PERSON, RIDER = 17, 19, 20, 21, 22, 23, 24, 25
@@ -329,7 +329,7 @@ def draw_dataset(out: Path, num_scenes: dict[str, int], size: tuple[int, int] = 
                 jobs.append((size, (seed, number, place), image_path, labels_path))
     if jobs:
         with worker_pool() as pool:
-            with ctrl_c_for_us_alone():
+            with ignore_ctrl_c():
                 drawn = pool.map(_draw_files, jobs)
             list(tqdm(drawn, total=len(jobs), desc="drawing", unit="img"))
     return len(jobs)
@@ -339,5 +339,6 @@ def _draw_files(job: tuple) -> None:
     size, seed, *paths = job
     cv2.setNumThreads(1)
     for path, picture in zip(paths, draw_scene(size, seed)):
+        make_folder(path.parent)
         with atomic_open(path) as file:
             Image.fromarray(picture).save(file, format="PNG", compress_level=3)

@@ -1,0 +1,175 @@
+"""What this machine has, and how long training will take on it: `python -m unetseg doctor`."""
+
+import os
+import platform
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from .. import device, tracking
+from ..classes import CLASS_SETS
+from ..data import load_split
+from ..files import UserError, read_bytes
+from ..losses import cross_entropy
+from ..processed import read_stats
+from ..settings import INHERITED, PRESETS, TITLES
+from ..train import forward
+from .layouts import choose_splits, find_layout
+
+GIB = 1 << 30
+CITYSCAPES = {"train": 2975, "val": 250}  # images
+SESSION = 12  # hours of a Kaggle session
+LEAST_DISK = 2  # GiB for a run's weights, state, pictures and logs
+
+
+def examine(data: Path | None) -> int:
+    """Print the findings, a line each, and the first thing to change; returns 0 when everything is ready, else 1."""
+    problems: list[str] = []
+
+    def finding(name: str, call, *arguments: object) -> object:
+        """Print what `call` finds; a UserError is printed and becomes a problem."""
+        try:
+            said, value = call(*arguments)
+        except UserError as error:
+            said, value = f"{error}", None
+            problems.append(str(error))
+        print(f"{name:<12} {said}", flush=True)
+        return value
+
+    finding("Python", lambda: (f"{platform.python_version()} at {sys.executable}; torch {torch.__version__}", None))
+    finding("device", computing_device)
+    finding("disk", disk_space)
+    found = finding("data", describe_data, data) or (7, (256, 256), CITYSCAPES)
+    finding("W&B", describe_wandb)
+    if not problems:
+        finding("training", forecast, *found)
+    print(f"\nto change    {problems[0]}" if problems else "\nready")
+    return 1 if problems else 0
+
+
+def computing_device() -> tuple[str, None]:
+    """Every GPU on which a kernel runs, or the CPU and why."""
+    for index in range(torch.cuda.device_count()):
+        device.require_kernels(index)
+    if hidden := device.unused_gpu():
+        raise UserError(f"this machine has a GPU that is not used: {hidden}")
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    names = [f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / GIB:.0f} GiB: a kernel runs" for gpu in gpus]
+    chosen = device.pick_device()
+    names = names or [f"{device.device_name(chosen)}, {os.cpu_count()} cores; no GPU"]
+    return f"{'; '.join(names)}; precision {device.precision_rule(chosen)}", None
+
+
+def disk_space() -> tuple[str, None]:
+    free = shutil.disk_usage(Path.cwd()).free / GIB
+    if free < LEAST_DISK:
+        raise UserError(f"free some disk space: {free:.1f} GiB are left in {Path.cwd()}, {LEAST_DISK} are needed")
+    return f"{free:.1f} GiB free in {Path.cwd()}", None
+
+
+def describe_data(path: Path | None) -> tuple[str, tuple]:
+    """What lies at `path`, and classes, size (width, height) and images per split to train with."""
+    if path is None:
+        return "none given (--data): times are for Cityscapes at 256x256", (7, (256, 256), CITYSCAPES)
+    return processed_data(path) if list(path.glob("stats_*.json")) else raw_data(path)
+
+
+def processed_data(path: Path) -> tuple[str, tuple]:
+    """Reads and checks every file of train and val."""
+    splits = {name: load_split(path, name) for name in ("train", "val")}
+    class_set, size = splits["train"].class_set, splits["train"].size
+    lines = [f"{path}: processed, {class_set.name} (0..{len(class_set) - 1}, void 255), {size[0]}x{size[1]}"]
+    for name, loaded in splits.items():
+        absent = [one for one, pixels in zip(class_set.names, loaded.num_pixels.sum(axis=0)) if not pixels]
+        without = f"; without a pixel of {', '.join(absent)}" if absent else "; all classes occur"
+        lines.append(f"{name}: {len(loaded)} pairs, {loaded.split.note}{without}")
+        if left_out := read_stats(path, loaded.split.folder)["left_out"]:
+            lines.append(f"{name}: preprocessing left {len(left_out)} out (see stats_{loaded.split.folder}.json)")
+    return "\n             ".join(lines), (len(class_set), size, {name: len(loaded) for name, loaded in splits.items()})
+
+
+def raw_data(path: Path) -> tuple[str, tuple]:
+    """Lists every file, and reads the first label file of each split."""
+    layout = find_layout(path)
+    class_set, counts, lines = CLASS_SETS[layout.class_sets[0]], {}, [f"{path}: raw {layout.name}, to be preprocessed"]
+    for split in choose_splits(path, layout, None):
+        pairs, alone = layout.pairs(path, split)
+        if not pairs:
+            raise UserError(f"{path}: expected pairs of image and labels in {split}, found none")
+        counts[split], about = len(pairs), f"{split}: {len(pairs)} pairs"
+        if pairs[0].labels:
+            ids = layout.read_labels(pairs[0].labels, read_bytes(pairs[0].labels))
+            unknown = sorted({*np.unique(ids).tolist()} - {*np.flatnonzero(class_set.known).tolist()})
+            if unknown:
+                raise UserError(f"{pairs[0].labels}: expected label ids, found {unknown} among them")
+            about += f" of {ids.shape[1]}x{ids.shape[0]}, ids {ids.min()}..{ids.max()} in the first"
+        broken = [file for pair in pairs for file in (pair.image, pair.labels) if file and not is_complete(file)]
+        if broken:
+            raise UserError(f"{broken[0]}: expected a complete PNG file ({len(broken)} are truncated); copy it again")
+        about += f"; {len(alone)} files without a partner, such as {next(iter(alone.values()))}" if alone else ""
+        lines.append(about)
+    if "train" not in counts:
+        raise UserError(f"{path}: expected a split train, found {', '.join(counts)}")
+    images = {"train": counts["train"], "val": counts.get("val", 0)}
+    return "\n             ".join(lines), (len(class_set), (256, 256), images)
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a PNG file has its end."""
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - 4096, 0))
+        return b"IEND" in file.read()
+
+
+def describe_wandb() -> tuple[str, None]:
+    try:
+        settings = tracking.user_settings()
+        key = tracking.has_key(settings)
+    except Exception as error:  # W&B's own errors for wrong settings have no common base class
+        raise UserError(f"W&B cannot be used ({error}): correct its settings (WANDB_...), or set WANDB_MODE=disabled") from None
+    mode = settings.mode if key or settings.mode != "online" else "offline: there is no key (WANDB_API_KEY)"
+    return mode, None
+
+
+def forecast(num_classes: int, size: tuple[int, int], images: dict[str, int]) -> tuple[str, None]:
+    """How long each preset takes with the default network; an evaluated image counts a third of a trained one."""
+    seconds = seconds_per_image(num_classes, size)
+    work = images["train"] + images["val"] / 3
+    hours = {name: preset["epochs"] * work * seconds / 3600 for name, preset in PRESETS.items()}
+    parts = ", ".join(f"{name} {duration(hour)}" for name, hour in hours.items())
+    sessions = -(-sum(hours.values()) // SESSION)
+    fits = "fits a Kaggle session" if sessions <= 1 else f"takes {sessions:.0f} Kaggle sessions"
+    network = f"channels {INHERITED['channels']}, depth {INHERITED['depth']}, {size[0]}x{size[1]}"
+    total = f"all three: {duration(sum(hours.values()))}, {fits} of {SESSION} h"
+    return f"{1 / seconds:.1f} images/s ({network}): {parts}\n             {total}", None
+
+
+def seconds_per_image(num_classes: int, size: tuple[int, int], channels: int = INHERITED["channels"]) -> float:
+    """Seconds of training per image: the median of ten measured steps of eight images."""
+    from ..model import UNet
+
+    where = device.pick_device()
+    model = UNet(num_classes, channels).to(where, memory_format=torch.channels_last).train()
+    optimizer, seconds = torch.optim.AdamW(model.parameters(), fused=True), []
+    images, masks = torch.rand(8, 3, *size[::-1], device=where), torch.zeros(8, *size[::-1], dtype=torch.long, device=where)
+    for _ in range(12):  # the first two are to warm up
+        start = time.perf_counter()
+        loss = cross_entropy(forward(model, images, device.precision_rule(where)), masks)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[2:]) / len(images)
+
+
+def duration(hours: float) -> str:
+    """As text: in minutes below one hour."""
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"

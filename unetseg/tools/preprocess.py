@@ -1,0 +1,492 @@
+"""Turn a raw data set into the processed folder that training reads.
+
+    python preprocessing/image_segmentation_preprocessing.py --data_dir RAW --output_dir PROCESSED
+
+writes images_processed/<split>/<stem>.npy, masks_processed/<split>/<stem>.png, stats_<split>.json and visualizations/.
+A split is made in PROCESSED/.unfinished and moved into place when all of it is there; an interrupted run continues from
+that folder, and ends with the same bytes. A rerun makes only what is missing or whose source file has other content. A
+bad file is named and left out, the rest is done, and the exit status is then 1.
+"""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Executor, Future
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+
+os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # we report broken files ourselves, by name
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from ..classes import CLASS_SETS, IGNORE_INDEX, ClassSet
+from ..files import FileError, UserError, atomic_open, exclusive, make_folder, read_bytes, read_json, write_json
+from ..images import BadFile, cv2, overlay, shrink
+from ..processed import FORMAT, checksum, pair_paths, read_image, read_pair
+from . import parse_size, whole_number
+from .layouts import LAYOUTS, Layout, Pair, choose_splits, find_layout
+from .workers import ignore_ctrl_c, worker_pool
+
+UNFINISHED = ".unfinished"  # folder in the processed folder where splits are made
+JOURNAL = "made_{}.jsonl"  # in it: a record per finished pair
+DASK_PATIENCE = 60  # seconds that a Dask cluster may take until its first worker
+log = logging.getLogger("preprocessing")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the bytes of the output, besides the source files."""
+
+    layout: str
+    class_set: str
+    size: tuple[int, int]  # width, height
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of one pair; `full_resolution` and `resized` are pixels per class, void last."""
+
+    stem: str
+    source: int = 0  # CRC-32 of the source files
+    crc32: int = 0  # of the processed pixels
+    source_size: tuple[int, int] = (0, 0)
+    full_resolution: list[int] = field(default_factory=list)
+    resized: list[int] = field(default_factory=list)
+    reused: bool = False
+    error: str = ""
+
+    def entry(self) -> dict:
+        """What stats_<split>.json keeps of it."""
+        return {key: value for key, value in asdict(self).items() if key not in ("stem", "reused", "error")}
+
+
+def shrink_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Take the source pixel under each target pixel's centre (OpenCV's INTER_NEAREST takes the top-left one)."""
+    (height, width), (out_width, out_height) = mask.shape, size
+    rows = (2 * np.arange(out_height) + 1) * height // (2 * out_height)
+    cols = (2 * np.arange(out_width) + 1) * width // (2 * out_width)
+    return mask[rows[:, None], cols]
+
+
+def count_ids(labels: np.ndarray) -> np.ndarray:
+    """Pixels per source id (256,) int64 of (H, W) uint8 ids."""
+    parts = np.array_split(labels, 1 + labels.size // 2**23)  # OpenCV's float32 counts are exact up to 2**24
+    return sum(cv2.calcHist([part], [0], None, [256], [0, 256]).ravel().astype(np.int64) for part in parts if len(part))
+
+
+def count_classes(histogram: np.ndarray, class_set: ClassSet) -> list[int]:
+    """Pixels per source id (256,) -> pixels per class, void last."""
+    per_class = np.bincount(class_set.lookup, weights=histogram, minlength=256)
+    return [int(count) for count in (*per_class[: len(class_set)], per_class[IGNORE_INDEX])]
+
+
+def check_ids(histogram: np.ndarray, class_set: ClassSet, path: Path) -> None:
+    """Raise BadFile when a label file holds ids that the class table does not know."""
+    unknown = np.flatnonzero((histogram > 0) & ~class_set.known).tolist()
+    if unknown:
+        highest = int(np.flatnonzero(class_set.known).max())
+        hint = "; 255 never occurs in label ids: are these trainIds?" if unknown == [IGNORE_INDEX] else ""
+        raise BadFile(f"{path}: expected label ids 0..{highest}, found {unknown}{hint}")
+
+
+def process(job: tuple[Pair, list[tuple[Path, Record]]], staging: Path, split: str, recipe: Recipe) -> Record:
+    """Make one pair in `staging`, or take it from where an earlier run made it; a bad file ends in Record.error.
+
+    job  the pair, and earlier records of it with the folders that hold their files
+    """
+    pair, earlier = job
+    cv2.setNumThreads(1)
+    try:
+        contents = [read_bytes(path) for path in (pair.image, pair.labels) if path]
+        source = zlib.crc32(contents[-1], zlib.crc32(contents[0]) if pair.labels else 0)
+        for folder, record in earlier:
+            if record.source == source and take(folder, staging, split, record, recipe):
+                return replace(record, reused=True)
+        return make(pair, contents, staging, split, recipe, source)
+    except UserError as error:
+        if isinstance(error, FileError) and Path(error.filename).is_relative_to(staging):
+            raise  # we cannot write: nothing that an earlier run made is to be replaced by less
+        return Record(pair.stem, error=str(error))
+    except (MemoryError, cv2.error) as error:
+        return Record(pair.stem, error=f"{pair.image}: {type(error).__name__} {error}")
+
+
+def take(folder: Path, staging: Path, split: str, record: Record, recipe: Recipe) -> bool:
+    """Bring the files of an earlier record into `staging`; False when they are not what the record says."""
+    labelled = bool(record.resized)
+    try:
+        image_path, mask_path = pair_paths(folder, split, record.stem)
+        if labelled:
+            found = read_pair(folder, split, record.stem, len(CLASS_SETS[recipe.class_set]), recipe.size)[-1]
+        else:
+            found = checksum(read_image(image_path, (*recipe.size[::-1], 3)), None)
+        if found != record.crc32 or np.load(image_path, mmap_mode="r").dtype != recipe.dtype:
+            return False
+        for old, new in zip((image_path, mask_path)[: 1 + labelled], pair_paths(staging, split, record.stem)):
+            if folder != staging:
+                link(old, new)
+        return True
+    except (UserError, OSError):
+        return False
+
+
+def link(old: Path, new: Path) -> None:
+    """Give a file a second name; a copy where the file system has no links."""
+    new.unlink(missing_ok=True)
+    try:
+        os.link(old, new)
+    except OSError:
+        shutil.copyfile(old, new)
+
+
+def make(pair: Pair, contents: list[bytes], staging: Path, split: str, recipe: Recipe, source: int) -> Record:
+    """Check, shrink and write one pair."""
+    layout = next(layout for layout in LAYOUTS if layout.name == recipe.layout)
+    class_set, (image_path, mask_path) = CLASS_SETS[recipe.class_set], pair_paths(staging, split, pair.stem)
+    image, mask = layout.read_image(pair.image, contents[0]), None
+    record = Record(pair.stem, source, source_size=image.shape[1::-1])
+    if pair.labels:
+        labels = layout.read_labels(pair.labels, contents[1])
+        if labels.shape != image.shape[:2]:
+            sizes = [f"{array.shape[1]}x{array.shape[0]}" for array in (image, labels)]
+            raise BadFile(f"{pair.labels}: expected the image's size {sizes[0]}, found {sizes[1]}")
+        histogram, ids = count_ids(labels), shrink_mask(labels, recipe.size)
+        check_ids(histogram, class_set, pair.labels)
+        mask, counts = class_set.lookup[ids], (count_classes(h, class_set) for h in (histogram, count_ids(ids)))
+        record = replace(record, **dict(zip(("full_resolution", "resized"), counts)))
+        write_array(mask_path, lambda buffer: Image.fromarray(mask).save(buffer, format="PNG"))
+    small = shrink(image, recipe.size)
+    stored = small if recipe.dtype == "uint8" else (small / np.float32(255)).astype(recipe.dtype)
+    write_array(image_path, lambda buffer: np.save(buffer, stored, allow_pickle=False))
+    return replace(record, crc32=checksum(small, mask))
+
+
+def write_array(path: Path, save: Callable[[BytesIO], None]) -> None:
+    content = BytesIO()
+    save(content)
+    with atomic_open(path) as file:
+        file.write(content.getbuffer())
+
+
+@contextmanager
+def open_pool(workers: int, dask: str | None) -> Iterator[Executor]:
+    """Worker processes here, or those of a Dask cluster, which has this package and sees the data under the same paths."""
+    if dask is None:
+        with worker_pool(workers) as pool:
+            try:
+                yield pool
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return
+    try:
+        from distributed import Client, KilledWorker
+    except ImportError:
+        raise UserError("--dask: expected the package `distributed`, found none; pip install distributed") from None
+    try:
+        client = Client(dask)
+    except (ValueError, OSError) as error:
+        raise UserError(f"--dask {dask}: expected a scheduler's address (tcp://host:8786), found: {error}") from None
+    with client:
+        try:
+            client.wait_for_workers(1, timeout=DASK_PATIENCE)
+            yield client.get_executor(pure=False)
+        except TimeoutError:
+            raise UserError(f"{dask}: expected workers, found none in {DASK_PATIENCE} s; start some") from None
+        except CancelledError as error:
+            raise UserError(f"{dask}: the scheduler has gone ({error}); run the same command to continue") from None
+        except KilledWorker as error:
+            raise UserError(f"{dask}: workers died repeatedly (out of memory?): {error}") from None
+
+
+def process_split(pool: Executor, pairs: list[Pair], out: Path, split: str, recipe: Recipe, reuse: bool) -> list[Record]:
+    """Make a split's pairs on the pool, in order; what an earlier run made in `out` or in its staging folder is taken."""
+    staging = out / UNFINISHED
+    for path in pair_paths(staging, split, ""):
+        make_folder(path.parent)
+    earlier = {pair.stem: [] for pair in pairs}
+    if reuse:
+        for folder, records in ((staging, read_journal(staging, split)), (out, read_made(out, split, recipe))):
+            for record in records:
+                earlier.get(record.stem, []).append((folder, record))
+    jobs = [(pair, earlier[pair.stem]) for pair in pairs]
+    chunk = max(1, min(16, len(jobs) // 128))
+    with ignore_ctrl_c():
+        results = pool.map(partial(process, staging=staging, split=split, recipe=recipe), jobs, chunksize=chunk)
+    records = []
+    with open(staging / JOURNAL.format(split), "a", encoding="utf-8") as journal:
+        for record in tqdm(results, total=len(jobs), desc=split, unit="img", leave=False):
+            records.append(record)
+            if not record.error:
+                journal.write(json.dumps({"stem": record.stem, **record.entry()}) + "\n")
+                journal.flush()
+    return records
+
+
+def read_journal(staging: Path, split: str) -> list[Record]:
+    """The pairs that an interrupted run finished; its last line may be cut off."""
+    path, records = staging / JOURNAL.format(split), []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            records.append(Record(**json.loads(line)))
+    return records
+
+
+def read_made(out: Path, split: str, recipe: Recipe) -> list[Record]:
+    """The pairs that a finished run made by the same recipe."""
+    path = out / f"stats_{split}.json"
+    stats = read_json(path) if path.is_file() else {}
+    same = json.loads(json.dumps(asdict(recipe))).items() <= stats.items()
+    return [Record(stem, **entry) for stem, entry in stats["files"].items()] if same else []
+
+
+def check_output(out: Path, root: Path, layout: Layout) -> None:
+    """Raise UserError when the output folder holds another source's splits, or leads elsewhere by a link."""
+    for folder in (UNFINISHED, "visualizations", *(f"{kind}_processed" for kind in ("images", "masks"))):
+        for path in (out / folder, *(out / folder).glob("*")):
+            if path.is_symlink():
+                raise UserError(f"{path}: expected a folder of its own, found a link; use another --output_dir")
+    made = sorted(out.glob("stats_*.json"))
+    for path in made:
+        if read_json(path).get("format") != FORMAT:
+            raise UserError(f"{path}: was written by another version of unetseg; use another --output_dir")
+    if made and not any(same_source(path, root, layout) for path in made):
+        advice = "use another --output_dir, or delete this one"
+        raise UserError(f"{out}: holds splits made from another source than {root}; {advice}")
+
+
+def same_source(stats: Path, root: Path, layout: Layout) -> bool:
+    """Whether some file that this split was made from lies, with the same content, in the raw data set."""
+    split, files = stats.stem.removeprefix("stats_"), read_json(stats)["files"]
+    for pair in layout.pairs(root, split)[0] if split in layout.found_splits(root) else ():
+        with suppress(UserError):
+            contents = [read_bytes(path) for path in (pair.image, pair.labels) if path]
+            source = zlib.crc32(contents[-1], zlib.crc32(contents[0]) if pair.labels else 0)
+            if pair.stem in files and files[pair.stem]["source"] == source:
+                return True
+    return False
+
+
+def open_staging(out: Path, recipe: Recipe) -> Path:
+    """The folder in which splits are made; what an interrupted run made there by another recipe is removed."""
+    staging, wanted = out / UNFINISHED, json.loads(json.dumps(asdict(recipe)))
+    with suppress(UserError):
+        if read_json(staging / "recipe.json") == wanted:
+            return staging
+    shutil.rmtree(staging, ignore_errors=True)
+    write_json(make_folder(staging) / "recipe.json", wanted)
+    return staging
+
+
+def move_into_place(out: Path, splits: list[str]) -> None:
+    """Replace the splits of `out` by those made in staging. Raises UserError for a file in the way that is not ours."""
+    staging, plan = out / UNFINISHED, {}
+    for split in splits:
+        path = out / f"stats_{split}.json"
+        plan[split] = sorted(read_json(path)["files"]) if path.is_file() else []
+        for stem in read_json(staging / path.name)["files"].keys() - set(plan[split]):
+            for target in pair_paths(out, split, stem):
+                if target.exists():
+                    raise UserError(f"{target}: was not made by preprocessing; move it away, or use another --output_dir")
+    write_json(staging / "moving.json", plan)  # from here on, an interrupted move is finished by the next run
+    finish_moving(out)
+
+
+def finish_moving(out: Path) -> None:
+    """Carry out the move that was planned, wherever it was interrupted."""
+    staging = out / UNFINISHED
+    if not (staging / "moving.json").is_file():
+        return
+    for split, old in read_json(staging / "moving.json").items():
+        stats = staging / f"stats_{split}.json"
+        if not stats.is_file():
+            continue  # this split was moved before
+        (out / stats.name).unlink(missing_ok=True)  # the split is not there until it is complete
+        new = read_json(stats)["files"]
+        for stem in set(old) - new.keys():
+            for path in pair_paths(out, split, stem):
+                path.unlink(missing_ok=True)
+        for source, target in zip(pair_paths(staging, split, ""), pair_paths(out, split, "")):
+            make_folder(target.parent)
+            for path in source.parent.iterdir():
+                if path.stem in new:
+                    os.replace(path, target.parent / path.name)
+        for path in staging.glob(f"visualizations/{split}_*"):
+            os.replace(path, make_folder(out / "visualizations") / path.name)
+        os.replace(stats, out / stats.name)
+    shutil.rmtree(staging)
+
+
+def write_stats(out: Path, split: str, layout: Layout, recipe: Recipe, records: list[Record]) -> dict:
+    """Write stats_<split>.json into staging and return it: settings, pixels per class, edge cases, files, what was left out."""
+    class_set = CLASS_SETS[recipe.class_set]
+    good = [record for record in records if not record.error]
+    stats = {"format": FORMAT, "split": split, **asdict(recipe), "val_is_halved": layout.val_is_halved}
+    stats |= {"classes": class_set.names, "colours": class_set.colours.tolist(), "num_images": len(good)}
+    if good[0].resized:
+        keys = [*class_set.names, "void"]
+        for name in ("full_resolution", "resized"):
+            total = np.sum([getattr(record, name) for record in good], axis=0)
+            stats.setdefault("pixels", {})[name] = dict(zip(keys, total.tolist(), strict=True))
+        stats["edge_cases"] = edge_cases(good, class_set)
+    stats["left_out"] = {record.stem: record.error for record in records if record.error}
+    stats["files"] = {record.stem: record.entry() for record in good}
+    write_json(out / UNFINISHED / f"stats_{split}.json", stats)
+    return stats
+
+
+def edge_cases(records: list[Record], class_set: ClassSet) -> dict:
+    """What a reader of the statistics should know: absent classes, classes lost by shrinking, unusual images."""
+    full = np.array([record.full_resolution for record in records])
+    small = np.array([record.resized for record in records])
+    stems = np.array([record.stem for record in records])
+    present, share = full > 0, full / full.sum(axis=1, keepdims=True)
+    lost = {name: stems[present[:, c] & (small[:, c] == 0)].tolist() for c, name in enumerate(class_set.names)}
+    return {
+        "images_without_class": {name: int((~present[:, c]).sum()) for c, name in enumerate(class_set.names)},
+        "lost_by_shrinking": lost,
+        "images_of_one_class": stems[present[:, :-1].sum(axis=1) == 1].tolist(),
+        "images_over_half_void": stems[share[:, -1] > 0.5].tolist(),
+    }
+
+
+def draw_distribution(folder: Path, stats: dict) -> None:
+    """Write visualizations/<split>_class_distribution.png."""
+    from .. import plots  # here and below, because every worker imports this file and few of them draw
+
+    total = {name: np.array(list(pixels.values())) for name, pixels in stats["pixels"].items()}
+    shares = {name.replace("_", " "): pixels / pixels.sum() for name, pixels in total.items()}
+    title = f"{stats['split']}: {stats['num_images']} images"
+    figure = plots.class_distribution(CLASS_SETS[stats["class_set"]], shares, title)
+    plots.save(figure, folder / "visualizations" / f"{stats['split']}_class_distribution.png")
+
+
+def draw_samples(folder: Path, split: str, class_set: ClassSet, size: tuple[int, int], stems: list[str]) -> None:
+    """Write visualizations/<split>_samples.jpg with the images of these stems, their masks, and both as one."""
+    from .. import plots
+
+    rows = []
+    for stem in stems:
+        image, mask, *_ = read_pair(folder, split, stem, len(class_set), size)
+        painted = class_set.paint(mask)
+        rows.append([image, painted, overlay(image, painted)])
+    figure = plots.panels(rows, ["image", "mask", "overlay"], class_set)
+    plots.save(figure, folder / "visualizations" / f"{split}_samples.jpg")
+
+
+def start_drawing(pool: Executor, staging: Path, stats: dict, num_samples: int) -> list[Future]:
+    """Let the workers draw a split while they make the next one."""
+    pictures = [pool.submit(draw_distribution, staging, {key: stats[key] for key in stats.keys() - {"files"}})]
+    if num_samples:
+        stems = list(stats["files"])
+        places = np.unique(np.linspace(0, len(stems) - 1, num_samples).round().astype(int))
+        chosen, class_set = [stems[place] for place in places], CLASS_SETS[stats["class_set"]]
+        pictures.append(pool.submit(draw_samples, staging, stats["split"], class_set, tuple(stats["size"]), chosen))
+    return pictures
+
+
+def report(split: str, records: list[Record], stats: dict | None) -> None:
+    """Log what became of a split: counts, every file left out, the class distribution, classes lost by shrinking."""
+    errors = [record.error for record in records if record.error]
+    reused = sum(record.reused for record in records)
+    made = len(records) - reused - len(errors)
+    log.info("%s: %d images made, %d skipped (already there), %d left out", split, made, reused, len(errors))
+    for error in errors:
+        log.error("  left out: %s", error)
+    if stats is None:
+        log.error("%s: nothing usable; what earlier runs made of it stays as it is", split)
+    elif "pixels" in stats:
+        pixels = stats["pixels"]["full_resolution"]
+        total = sum(pixels.values())
+        log.info("  %s", " · ".join(f"{name} {100 * count / total:.1f} %" for name, count in pixels.items()))
+        for name, stems in stats["edge_cases"]["lost_by_shrinking"].items():
+            if stems:
+                log.info("  %s vanishes from %d masks at this size", name, len(stems))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Process every split; returns the number of files left out."""
+    root, out = args.data_dir.absolute(), args.output_dir.absolute()  # Dask's workers run in other folders
+    layout = find_layout(root)
+    recipe = Recipe(layout.name, args.classes or layout.class_sets[0], args.size, args.dtype)
+    if recipe.class_set not in layout.class_sets:
+        raise UserError(f"--classes: expected {' or '.join(layout.class_sets)} for {root}, found {recipe.class_set}")
+    done, left_out, pictures = [], 0, []
+    with exclusive(out, wait=True), open_pool(args.workers, args.dask) as pool:
+        finish_moving(out)
+        check_output(out, root, layout)
+        splits, staging = choose_splits(root, layout, args.splits), open_staging(out, recipe)
+        for split in splits:
+            pairs, alone = layout.pairs(root, split)
+            records = process_split(pool, pairs, out, split, recipe, not args.overwrite)
+            records = sorted([*records, *(Record(stem, error=e) for stem, e in alone.items())], key=lambda r: r.stem)
+            if not records:
+                records = [Record(split, error=f"{root}: expected images in the split {split}, found none")]
+            usable = not all(record.error for record in records)
+            stats = write_stats(out, split, layout, recipe, records) if usable else None
+            report(split, records, stats)
+            left_out += sum(bool(record.error) for record in records)
+            done += [split] if stats else []
+            if stats and "pixels" in stats:
+                make_folder(staging / "visualizations")
+                pictures += start_drawing(pool, staging, stats, args.sample_size)
+        for picture in pictures:
+            picture.result()
+        move_into_place(out, done)
+    log.info("written to %s: images_processed, masks_processed, stats_*.json, visualizations", args.output_dir)
+    return left_out
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(name: str, **options: object) -> None:
+        names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        parser.add_argument(*names, dest=name, **options)
+
+    add("data_dir", type=Path, required=True, help="root of a raw data set")
+    add("output_dir", type=Path, required=True, help="the processed folder")
+    add("splits", nargs="+", metavar="SPLIT", help="default: train val (CamVid: and test), those that exist")
+    add("classes", choices=CLASS_SETS, help="class set (default: cityscapes7 or camvid7, by layout)")
+    add("size", type=parse_size, default=(256, 256), metavar="N|WxH", help="output size (256)")
+    add("dtype", choices=("float32", "float16", "uint8"), default="float32", help="stored images (float32)")
+    add("workers", type=whole_number(1, 512), default=os.cpu_count(), help="processes (default: all cores)")
+    add("dask", metavar="ADDRESS", help="use this Dask cluster (its scheduler); workers need this package installed")
+    add("sample_size", type=whole_number(0, 100), default=5, metavar="N", help="samples drawn per split (5)")
+    add("log_level", default="INFO", type=str.upper, choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    add("overwrite", action="store_true", help="make everything anew")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    logging.basicConfig(level=args.log_level, format="%(message)s", stream=sys.stderr, force=True)
+    for noisy in ("PIL", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        with logging_redirect_tqdm():
+            left_out = run(args)
+    except UserError as error:
+        log.error("error: %s", error)
+        return 1
+    except BrokenProcessPool:
+        log.error("error: a worker process died (out of memory?); run again with fewer --workers")
+        return 1
+    except KeyboardInterrupt:
+        log.error("interrupted; the same command continues from here")
+        return 130
+    if left_out:
+        log.error("%d files were left out (listed above and in stats_*.json); the rest is done", left_out)
+    return 1 if left_out else 0

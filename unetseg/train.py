@@ -1,0 +1,325 @@
+"""The training loop, read from top to bottom: `fit` alternates `train_one_epoch` and `evaluate` and keeps the best.
+
+Everything that changes while training lies in one `State`, saved as one file after every epoch and every few minutes:
+a run that was stopped or killed resumes from it bit for bit.
+"""
+
+import math
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import checkpoint, distributed
+from .classes import IGNORE_INDEX
+from .device import FORMATS, autocast, out_of_memory
+from .files import UserError
+from .metrics import METRICS, confusion_matrices, scores
+
+SAVE_SECONDS = 180.0  # of training that a kill may lose
+MAX_SKIPPED = 10  # steps in a row without a finite loss and gradient; fp16 needs some to find its loss scale
+LOOK_STEPS = 10  # between two looks at the loss on a GPU, which has to wait for them
+COLLAPSED = 0.99  # share of all predictions that one class may have
+
+
+class TrainingStopped(UserError):
+    """Training cannot go on; the message says why."""
+
+
+class Pause(Exception):
+    """Training ends early, with its state saved."""
+
+
+class Stopper:
+    """Says when to stop early: SIGINT or SIGTERM has come, or the time limit is near.
+
+    Inside its `with` block the first signal only sets `reason`, and is delivered when the block ends; a second one acts
+    at once.
+    """
+
+    def __init__(self, max_minutes: float | None = None) -> None:
+        self.deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self.received, self.longest, self.looked = 0, 0.0, math.inf
+        self.handlers: dict = {}
+
+    def __enter__(self) -> "Stopper":
+        for number in (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ():
+            if signal.getsignal(number) not in (None, signal.SIG_IGN):
+                self.handlers[number] = signal.signal(number, self._receive)
+        return self
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        while self.handlers:
+            signal.signal(*self.handlers.popitem())
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self._restore()
+        if self.received and error is None:  # an error, such as a save that failed, matters more
+            signal.raise_signal(self.received)
+
+    def reason(self, reserve: float = 0.0) -> str:
+        """Why to stop now, or "". Ask at every step: twice the longest time between two calls is kept in reserve."""
+        now = time.monotonic()
+        self.longest, self.looked = max(self.longest, now - self.looked), now
+        if self.received:
+            return signal.Signals(self.received).name
+        return "time limit reached" if now + 2 * self.longest + reserve > self.deadline else ""
+
+
+class State:
+    """Everything that changes while training: AdamW under one-cycle schedules, history, the best weights.
+
+    run              run folder with config.json; a state that lies there is loaded
+    config           the facts in config.json, among them cycles: the last epoch of each one-cycle schedule
+    steps_per_epoch  of training
+    history          a row per finished epoch
+    step, seconds    of the running epoch
+    sums             (4,) float64: loss x images, images, skipped steps in this epoch, and in a row
+    best             epoch, val_miou, weights and confusion (C + 1, C) of the best epoch so far, or None
+    After Loshchilov & Hutter, ICLR 2019 (AdamW), and Smith, 2018 (one-cycle schedule).
+    """
+
+    def __init__(self, model: nn.Module, run: Path, config: dict, steps_per_epoch: int, stopper: Stopper) -> None:
+        self.run, self.config, self.steps_per_epoch, self.stopper = run, config, steps_per_epoch, stopper
+        settings = config["settings"]
+        self.precision, self.lr, self.void = settings["precision"], settings["lr"], settings["void"]
+        self.device = next(model.parameters()).device
+        self.model = model.to(memory_format=FORMATS[settings["memory_format"]])
+        network = distributed.wrap(self.model)
+        self.network = torch.compile(network, dynamic=False) if settings["compile"] else network
+        decay = settings["weight_decay"]
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=decay, fused=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]  # of BatchNorm
+        self.history, self.step, self.seconds, self.best = [], 0, 0.0, None
+        self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self.saved, self.cost, self.written = time.monotonic(), 0.0, None
+        if saved := distributed.from_first(lambda: checkpoint.load_state(run)):
+            self.load(saved)
+
+    @property
+    def epoch(self) -> int:
+        return len(self.history) + 1
+
+    def load(self, saved: dict) -> None:
+        """Take over a saved state. Raises UserError for the state of another run."""
+        if changed := checkpoint.differences(saved["identity"], checkpoint.identity(self.config)):
+            path = self.run / checkpoint.STATE
+            raise UserError("\n".join([f"{path}: this state is from another run than {checkpoint.CONFIG}:", *changed]))
+        self.model.load_state_dict(saved["model"])
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": saved["moments"], "param_groups": groups})
+        self.scaler.load_state_dict(saved["scaler"])
+        self.history, self.step, self.seconds, self.best = (saved[k] for k in ("history", "step", "seconds", "best"))
+        self.sums = saved["sums"].to(self.device)
+
+    def save(self) -> None:
+        """Write the state, then what follows from it: best weights and history. Of several processes, the first does."""
+        start = time.monotonic()
+        if distributed.rank() == 0:
+            state = {"format": checkpoint.FORMAT, "identity": checkpoint.identity(self.config)}
+            state |= {"model": self.model.state_dict(), "moments": self.optimizer.state_dict()["state"]}
+            state |= {"scaler": self.scaler.state_dict(), "sums": self.sums, "history": self.history}
+            state |= {"step": self.step, "seconds": self.seconds, "best": self.best}
+            checkpoint.save_state(self.run, state)
+            if self.best and self.best["epoch"] != self.written:
+                checkpoint.save_weights(self.run, self.best, self.config)
+                self.written = self.best["epoch"]
+            checkpoint.write_history(self.run, self.history)
+        self.saved = time.monotonic()
+        self.cost = self.saved - start
+
+    def watch(self, batches: Iterable) -> Iterator:
+        """The same batches; between two of them, save when that is due, and stop by raising Pause."""
+        for batch in batches:
+            yield batch
+            reason = self.stopper.reason(reserve=self.cost)
+            due = time.monotonic() - self.saved > max(SAVE_SECONDS, 50 * self.cost)
+            votes = distributed.all_sum(1000 * bool(reason) + due)  # all processes do the same
+            if votes:
+                self.save()
+            if votes >= 1000:
+                raise Pause(reason or "another process stops")
+
+    def schedule(self) -> torch.optim.lr_scheduler.OneCycleLR:
+        """The one-cycle schedule at the present step; a second cycle covers epochs that were asked for later."""
+        ends = [0, *self.config["cycles"]]
+        first = max(end for end in ends if end < self.epoch)
+        total = self.steps_per_epoch * (min(end for end in ends if end > first) - first)
+        done = self.steps_per_epoch * (self.epoch - 1 - first) + self.step
+        shape = {"max_lr": self.lr, "total_steps": max(total, 6), "pct_start": 0.2, "cycle_momentum": False}
+        torch.optim.lr_scheduler.OneCycleLR(self.optimizer, **shape)  # sets what a later start needs
+        return torch.optim.lr_scheduler.OneCycleLR(self.optimizer, **shape, last_epoch=done - 1)
+
+    def count(self, loss: Tensor, finite: Tensor, num_images: int) -> None:
+        """Count a step, without making a GPU wait."""
+        total, images, skipped, in_a_row = self.sums.unbind()
+        counted = total + loss.where(finite, 0) * num_images, images + finite * num_images
+        self.sums = torch.stack([*counted, skipped + ~finite, (in_a_row + 1) * ~finite])
+        self.step += 1
+
+    def train_loss(self) -> float:
+        """Mean loss per image in the running epoch. Raises TrainingStopped after MAX_SKIPPED skipped steps in a row."""
+        total, images, _, in_a_row = self.sums.tolist()
+        if in_a_row >= MAX_SKIPPED:
+            raise TrainingStopped(
+                f"loss or gradient was not finite in {in_a_row:.0f} steps in a row, up to step {self.step} of epoch "
+                f"{self.epoch}; what was saved is intact. Use a lower lr, in another run folder"
+            )
+        return total / images if images else math.nan
+
+    def end_epoch(self, row: dict, confusion: np.ndarray) -> None:
+        """Append a row to the history, and keep the weights if they are finite and the best so far."""
+        weights, miou = self.model.state_dict(), row["val_miou"]
+        finite = math.isfinite(row["val_loss"]) and all(value.isfinite().all() for value in weights.values())
+        if finite and (self.best is None or miou > self.best["val_miou"]):
+            weights = {key: value.detach().to("cpu", copy=True) for key, value in weights.items()}
+            self.best = {"epoch": self.epoch, "val_miou": miou, "weights": weights}
+            self.best["confusion"] = torch.from_numpy(confusion)
+        self.history.append(row)
+        self.step, self.seconds = 0, 0.0
+        self.sums = self.sums * torch.tensor([0, 0, 0, 1], device=self.device)
+
+
+def fit(state: State, loss_fn: Callable, train_batches, val_batches, log: Callable[[dict], None]) -> list[dict]:
+    """Train from where the state stands to the last epoch of its config; returns the history.
+
+    loss_fn                     function of logits and mask
+    train_batches, val_batches  with .epoch(number, first batch) -> iterable of (images, masks, indices)
+    log                         called with each epoch's row of the history
+    When the stopper ends it early, the history is shorter and the state is saved.
+    Raises TrainingStopped when loss or gradient stays not finite, or memory does not suffice.
+    """
+    num_epochs, size, batch_size = state.config["cycles"][-1], len(train_batches.dataset), train_batches.batch_size
+    done = len(state.history) * size + min(state.step * batch_size, size)
+    bar = tqdm(desc=state.run.name, total=num_epochs * size, initial=done, unit="img", mininterval=1)
+    with state.stopper, bar:
+        try:
+            while state.epoch <= num_epochs:
+                train_one_epoch(state, state.watch(train_batches.epoch(state.epoch, state.step)), loss_fn, bar)
+                names, val = state.config["classes"], state.watch(val_batches.epoch())
+                result = evaluate(state.model, val, len(names), loss_fn, state.precision, state.void)
+                row = history_row(state, result)
+                state.end_epoch(row, result.confusion)
+                log(row)
+                state.save()
+        except Pause as pause:
+            place = f"in epoch {state.epoch} of {num_epochs}, after step {state.step} of {state.steps_per_epoch}"
+            if distributed.rank() == 0:
+                said = f"{state.run.name}: {pause}, stopped {place}. State saved: run the same command to resume."
+                bar.write(said, sys.stderr)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            advice = f"try --batch-size {batch_size // 2}" if batch_size > 1 else "use fewer channels or smaller images"
+            raise TrainingStopped(f"out of memory with batch size {batch_size}: {advice} ({str(error)[:200]})") from None
+    if len(state.history) == num_epochs and state.best is None:
+        raise TrainingStopped(f"{state.run}: no epoch gave a finite val loss: training diverged; use a lower lr")
+    return state.history
+
+
+def train_one_epoch(state: State, batches: Iterable, loss_fn: Callable, bar: tqdm) -> None:
+    """Train on the batches. A step whose loss or gradient is not finite changes nothing but the schedule."""
+    state.model.train()
+    schedule, started = state.schedule(), time.perf_counter() - state.seconds
+    for images, masks, _ in batches:
+        statistics = [buffer.clone() for buffer in state.statistics]
+        loss = loss_fn(forward(state.network, images, state.precision), masks)
+        state.scaler.scale(loss).backward()
+        state.scaler.unscale_(state.optimizer)
+        norm = nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
+        finite = loss.isfinite() & norm.isfinite()
+        state.optimizer.found_inf = (~finite).float()  # the fused optimiser looks at it, without making a GPU wait
+        state.optimizer.step()
+        state.scaler.update()
+        schedule.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        distributed.average_(state.statistics, len(images))
+        for buffer, old in zip(state.statistics, statistics):
+            buffer.copy_(torch.where(finite, buffer, old))
+        num_images = distributed.all_sum(len(images))
+        state.count(loss.detach(), finite, num_images)
+        state.seconds = time.perf_counter() - started
+        bar.update(num_images)
+        if state.device.type == "cpu" or state.step % LOOK_STEPS == 0:
+            bar.set_postfix({"epoch": state.epoch, "loss": f"{state.train_loss():.3f}"}, refresh=False)
+    state.train_loss()
+
+
+def forward(network: nn.Module, images: Tensor, precision: str) -> Tensor:
+    """Logits (N, C, H, W) float32 of images (N, 3, H, W), computed in "fp32", "fp16" or "bf16"."""
+    with autocast(images.device, precision if len(images) else "fp32"):  # SyncBatchNorm has no dtype for no images
+        return network(images).float()
+
+
+@dataclass
+class Evaluation:
+    """One pass over a split: mean loss per image, and the confusion matrix of each image, (N, C + 1, C) int64."""
+
+    loss: float
+    confusions: np.ndarray
+    seconds: float
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """(C + 1, C) totals."""
+        return self.confusions.sum(axis=0)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, batches: Iterable, num_classes: int, loss_fn: Callable, precision: str = "fp32", void: str = "ignore"
+) -> Evaluation:
+    """Score a model on batches of (images, masks, indices) whose masks mark void; counts do not depend on batch size.
+
+    void  the rule for the loss; the confusion matrices serve both rules
+    """
+    model.eval()
+    found, rows, total, num_images, start = [], [], 0.0, 0, time.perf_counter()
+    for images, masks, indices in batches:
+        logits = forward(model, images, precision)
+        truth = masks.where(masks != IGNORE_INDEX, 0) if void == "background" else masks
+        count = distributed.all_sum(len(masks))
+        total, num_images = total + loss_fn(logits, truth) * count, num_images + count
+        found.append(confusion_matrices(logits.argmax(dim=1), masks, num_classes))
+        rows.append(indices)
+    confusions = torch.zeros(num_images, num_classes + 1, num_classes, dtype=torch.int64)
+    confusions[torch.cat(rows)] = torch.cat(found).cpu()
+    confusions = distributed.all_sum(confusions).numpy()
+    return Evaluation(float(total) / num_images, confusions, time.perf_counter() - start)
+
+
+def history_row(state: State, result: Evaluation) -> dict:
+    """An epoch's row of the history; warns of what should not be in it."""
+    names, (_, images, skipped, _) = state.config["classes"], state.sums.tolist()
+    score, share = scores(result.confusion, names, state.void), result.confusion.sum(axis=0) / result.confusion.sum()
+    row = {"epoch": state.epoch, "train_loss": state.train_loss(), "val_loss": result.loss}
+    row |= {"val_miou": score["miou"] or 0.0, "lr": state.optimizer.param_groups[0]["lr"]}
+    row |= {"seconds": state.seconds + result.seconds, "images_per_second": images / max(state.seconds, 1e-9)}
+    row |= {"skipped_steps": int(skipped), "cycle": 1 + sum(end < state.epoch for end in state.config["cycles"])}
+    row["gpu_gibibytes"] = torch.cuda.max_memory_reserved() / 2**30 if state.device.type == "cuda" else None
+    row |= {f"val_{name}": score[name] for name in METRICS if name != "miou"}
+    row |= {f"val_iou_{name}": values["iou"] for name, values in score["classes"].items()}
+    concerns = []
+    if skipped > (5 if state.precision == "fp16" else 0):  # fp16 now and then tries a larger loss scale
+        concerns.append(f"{skipped:.0f} steps were skipped because loss or gradient was not finite")
+    if not math.isfinite(result.loss):
+        concerns.append(f"the val loss is {result.loss}")
+    if share.max() > COLLAPSED:
+        concerns.append(f"{share.max():.1%} of the val predictions are {names[share.argmax()]}: the network collapsed")
+    for concern in concerns:
+        warnings.warn(f"epoch {row['epoch']}: {concern}", stacklevel=2)
+    return row
