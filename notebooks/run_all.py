@@ -63,7 +63,7 @@ def prepare(data: Path | None, home: Path, quick: bool) -> tuple[Path, int]:
 def notebook_settings(stage: str, home: Path, processed: Path, quick: bool) -> dict:
     """The settings that this job changes in a stage's notebook."""
     settings = {"data": str(processed), "out": str(home / stage)}
-    num_images = len(find_split(processed, "train").stems)
+    num_images = len(find_split(processed, "train").checked)
     quick_epochs = max(2, min(60, QUICK_IMAGES[stage] // num_images))
     settings["epochs"] = quick_epochs if quick else PRESETS[stage]["epochs"]
     if stage == "scratch":
@@ -73,7 +73,7 @@ def notebook_settings(stage: str, home: Path, processed: Path, quick: bool) -> d
 
 def announce(processed: Path) -> None:
     """Say how long the full schedule takes on this machine, from a few measured steps."""
-    stats, images = read_stats(processed, "train"), {n: len(find_split(processed, n).stems) for n in ("train", "val")}
+    stats, images = read_stats(processed, "train"), {n: len(find_split(processed, n).checked) for n in ("train", "val")}
     text, _ = doctor.forecast(len(stats["classes"]), tuple(stats["size"]), images)
     say(f"The full schedule takes, at {text}; QUICK=1 shortens it")
 

@@ -1,6 +1,6 @@
 """Raw Cityscapes or CamVid -> the processed folder that training reads; see unetseg/tools/preprocess.py.
 
-    python preprocessing/image_segmentation_preprocessing.py --data_dir RAW --output_dir PROCESSED
+python preprocessing/image_segmentation_preprocessing.py --data_dir RAW --output_dir PROCESSED
 """
 
 import signal

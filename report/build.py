@@ -50,13 +50,22 @@ def collect(home: Path) -> dict:
     comparable([run["results"] for run in runs.values()])
     paths = sorted((home / "processed").glob("stats_*.json"))
     stats = {path.stem.removeprefix("stats_"): read_json(path) for path in paths}
-    context = {key: first[key] for key in ("split", "split_note", "remarks", "num_images", "size", "class_set", "parameters")}
-    context |= {key: joined({"sessions": [run["results"] for run in runs.values()]}, key) for key in ("device", "torch", "commit")}
+    context = {
+        key: first[key] for key in ("split", "split_note", "remarks", "num_images", "size", "class_set", "parameters")
+    }
+    context |= {
+        key: joined({"sessions": [run["results"] for run in runs.values()]}, key)
+        for key in ("device", "torch", "commit")
+    }
     context |= {"void": first["trained_void"], "classes": config["classes"]}
     context |= {f"{name}_images": len(config["data"][name]["images"]) for name in ("train", "val")}
     context |= {f"{name}_note": config["data"][name]["note"] for name in ("train", "val")}
     context |= {key: config["settings"][key] for key in ("channels", "depth")}
-    data = {split: {key: found[key] for key in ("num_images", "pixels")} for split, found in stats.items() if "pixels" in found}
+    data = {
+        split: {key: found[key] for key in ("num_images", "pixels")}
+        for split, found in stats.items()
+        if "pixels" in found
+    }
     collected = {"name": home.name, "context": context, "data": data, "runs": runs}
     write_json(home / "results.json", collected)
     return collected

@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("weights", type=Path, metavar="RUN_OR_WEIGHTS")
     add("images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER")
     add("--out", type=Path, required=True)
-    add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto", help="auto: by device")
+    add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto", help="auto: by rule for the device")
     add = commands.add_parser("doctor", help="what this machine has, and how long training will take").add_argument
     add("--data", type=Path, help="a processed folder, or a raw data set")
     return parser
@@ -54,11 +54,10 @@ def say(text: str) -> None:
 def train(args: argparse.Namespace) -> int:
     from . import checkpoint, run
 
+    given = {name: getattr(args, name) for name in KNOBS if getattr(args, name, None) is not None}
     if args.command == "resume":
-        settings = Settings(**complete(checkpoint.read_config(args.run)["settings"]) | {"out": str(args.run)})
-    else:
-        settings = Settings(**{name: getattr(args, name) for name in KNOBS if getattr(args, name) is not None})
-    say(f"{run.summary(run.train(settings))}; see {settings.out}")
+        given = complete(checkpoint.read_config(args.run)["settings"]) | {"out": args.run}
+    say(f"{run.summary(run.train(Settings(**given)))}; see {given['out']}")
     return 0
 
 
@@ -82,7 +81,7 @@ def predict(args: argparse.Namespace) -> int:
     written, problems = predict_files(args.weights, args.images, args.out, args.precision)
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
-    say(f"{written} images written to {args.out} (ids, colour, overlay), {len(problems)} left out")
+    say(f"{written} written to {args.out} (ids, colour, overlay), {len(problems)} left out")
     return 1 if problems else 0
 
 
@@ -92,21 +91,21 @@ def doctor(args: argparse.Namespace) -> int:
     return examine(args.data)
 
 
-COMMANDS = {"train": train, "resume": train, "scenes": scenes, "evaluate": evaluate, "predict": predict, "doctor": doctor}
-
-
-def show_warning(message: Warning, *where: object, **more: object) -> None:
-    """Show a warning as one line."""
-    from tqdm import tqdm
-
-    tqdm.write(f"warning: {message}", file=sys.stderr)
+COMMANDS = {
+    "train": train,
+    "resume": train,
+    "scenes": scenes,
+    "evaluate": evaluate,
+    "predict": predict,
+    "doctor": doctor,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ:  # of several processes one speaks
         os.environ["TQDM_DISABLE"] = "1"
-    warnings.showwarning = show_warning
+    warnings.showwarning = lambda message, *where, **more: print(f"warning: {message}", file=sys.stderr)
     try:
         if argv[:1] == ["preprocess"]:
             from .tools import preprocess
@@ -114,12 +113,9 @@ def main(argv: list[str] | None = None) -> int:
             return preprocess.main(argv[1:])
         args = build_parser().parse_args(argv)
         return COMMANDS[args.command](args)
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, SettingsError) else 1
     except KeyboardInterrupt:
         print("interrupted; the same command continues from here", file=sys.stderr)
         return 130
@@ -128,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed before the start
-            setattr(sys, name, open(os.devnull, "w"))
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         getattr(sys, name).reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     status = main()
     from .distributed import leave

@@ -1,8 +1,8 @@
 """Augmentation of whole batches on their device, decided by tables of uniform random numbers drawn on the CPU.
 
 An augmentation takes images (N, 3, H, W) float32 in [0, 1], masks (N, H, W) int64 class ids with IGNORE_INDEX = void,
-draws ({name: (N,) in [0, 1)}), source (the samples' instance boxes and donor images), and any settings by their names; it returns new images
-and masks and leaves the inputs alone. Each has a random stream of its own, in which row i belongs to sample i: what a
+draws {name: (N,) in [0, 1)}, the Source of the samples, and any settings by their names. It returns new images and
+masks and leaves the inputs alone. Each has a random stream of its own, in which row i belongs to sample i: what a
 sample looks like depends on (seed, epoch, i) alone, not on its batch, process or device, nor on other augmentations.
 """
 
@@ -17,30 +17,25 @@ from torch.nn import functional as F
 
 from .classes import IGNORE_INDEX
 
+AUGMENTATIONS: dict[str, Callable] = {}  # filled by @augmentation
 TEXTURES = ("flat", "metallic", "noise", "patch")
-AUGMENTATIONS: dict[str, Callable] = {}  # filled by @augmentation below
-Draws = dict[str, Tensor]
 
 
 @dataclass
 class Source:
-    """What the samples of a batch come with.
-
-    boxes         (N, K, 4) float x0, y0, x1, y1 in pixels: the instances of each image that may be aimed at
-    num_boxes     (N,) how many of the K are real
-    donor_images  function of (N,) numbers in [0, 1) -> other images (N, 3, H, W) of the data set
-    """
+    """Of a batch: instances that may be aimed at, boxes (N, K, 4) float x0, y0, x1, y1 in pixels, num_boxes (N,) of
+    them real, and donor_images, a function of (N,) numbers in [0, 1) -> other images (N, 3, H, W) of the data set."""
 
     boxes: Tensor
     num_boxes: Tensor
     donor_images: Callable[[Tensor], Tensor]
 
 
-def augmentation(*names: str) -> Callable:
-    """Enter a function in AUGMENTATIONS; `names` are the random numbers that it needs for each sample."""
+def augmentation(draws: str) -> Callable:
+    """Enter a function in AUGMENTATIONS; `draws` names the random numbers that it needs for each sample."""
 
     def enter(function: Callable) -> Callable:
-        function.draws = names
+        function.draws = draws.split()
         AUGMENTATIONS[function.__name__] = function
         return function
 
@@ -62,8 +57,8 @@ def between(draw: Tensor, low: float, high: float) -> Tensor:
     return low + (high - low) * draw
 
 
-@augmentation("flip", "zoom", "shift_x", "shift_y", "brightness", "contrast", "saturation")
-def basic(images: Tensor, masks: Tensor, draws: Draws, source: Source | None = None) -> tuple[Tensor, Tensor]:
+@augmentation("flip zoom shift_x shift_y brightness contrast saturation")
+def basic(images: Tensor, masks: Tensor, draws: dict, source: Source | None = None) -> tuple[Tensor, Tensor]:
     """Flip, zoom between 0.6 and 1.4 at a random place, then change brightness, contrast and saturation.
 
     What a zoom below 1 brings in from outside the image is void.
@@ -88,7 +83,7 @@ def warp(images: Tensor, masks: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
     return images, (shifted[:, 0].long() - 1) & IGNORE_INDEX
 
 
-def recolour(images: Tensor, draws: Draws) -> Tensor:
+def recolour(images: Tensor, draws: dict) -> Tensor:
     """Scale brightness, contrast (about the image's mean) and saturation by up to 30 %, in that order.
 
     All three together are one 3x3 matrix and one offset per image.
@@ -102,18 +97,9 @@ def recolour(images: Tensor, draws: Draws) -> Tensor:
     return torch.baddbmm(offset[:, None, None], matrix, images.flatten(2)).view_as(images).clamp_(0, 1)
 
 
-@augmentation(
-    *("apply", "aim", "instance", "x", "y", "width", "height", "texture"),
-    *("red", "green", "blue", "donor", "roll_x", "roll_y"),
-)
+@augmentation("apply aim instance x y width height texture red green blue donor roll_x roll_y")
 def occlude(
-    images: Tensor,
-    masks: Tensor,
-    draws: Draws,
-    source: Source,
-    occlusion: float = 0.5,
-    aimed: float = 0.5,
-    occluded: str = "keep",
+    images: Tensor, masks: Tensor, draws: dict, source: Source, occlusion: float, aimed: float, occluded: str
 ) -> tuple[Tensor, Tensor]:
     """Cover one rectangle of some images with a flat colour, brushed metal, noise, or a patch of another image.
 
@@ -136,7 +122,7 @@ def occlude(
     return images, masks.masked_fill(covered, IGNORE_INDEX) if occluded == "void" else masks.clone()
 
 
-def _rectangles(draws: Draws, source: Source, aimed: float, height: int, width: int) -> Tensor:
+def _rectangles(draws: dict, source: Source, aimed: float, height: int, width: int) -> Tensor:
     """(4, N) x0, y0, x1, y1: a tenth to four tenths of the image's sides, or 0.4 to 1 times those of an instance."""
     picked = (draws["instance"] * source.num_boxes).long()
     box = source.boxes[torch.arange(len(picked), device=picked.device), picked]  # (N, 4)
@@ -152,7 +138,7 @@ def _rectangles(draws: Draws, source: Source, aimed: float, height: int, width: 
     return torch.stack([x0, y0, x1, y1])
 
 
-def _texture(draws: Draws, donor_images: Tensor, ys: Tensor, xs: Tensor) -> Tensor:
+def _texture(draws: dict, donor_images: Tensor, ys: Tensor, xs: Tensor) -> Tensor:
     """(N, 3, H, W): each sample's occluder as a full image."""
     height, width = donor_images.shape[-2:]
     roll_x = (draws["roll_x"] * width).long()[:, None, None]

@@ -11,7 +11,7 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .classes import CLASS_SETS
 from .device import out_of_memory
@@ -20,28 +20,24 @@ from .model import build_model
 from .settings import FREE, INHERITED, Settings, check, complete
 
 WEIGHTS, CONFIG, HISTORY, STATE = "model.safetensors", "config.json", "history.csv", "state.pt"
-FORMAT = 2  # of config.json and the weights' metadata
+FORMAT = 2  # of config.json, state and weights; weights of format 1 are still read
 
 
 def identity(config: dict) -> dict:
-    """What makes a run this run and no other: settings, data and initial weights, by content; the same when it resumes."""
+    """What makes a run this run and no other: settings, data and initial weights; the same when it resumes."""
     facts = {name: value for name, value in complete(config["settings"]).items() if name not in FREE}
-    facts |= {key: config[key] for key in ("class_set", "classes", "width", "height")}
     facts |= {f"{split}_sha256": config["data"][split]["sha256"] for split in ("train", "val")}
-    return facts | {"init_sha256": config["init_sha256"]}
+    return facts | {key: config[key] for key in ("class_set", "classes", "width", "height", "init_sha256")}
 
 
-def differences(then: dict, now: dict) -> list[str]:
-    """The facts that two identities do not share, a line each."""
-    return [
-        f"  {key}: {reprlib.repr(then.get(key))} there, {reprlib.repr(now[key])} here"
-        for key in now
-        if then.get(key) != now[key]
-    ]
+def differences(there: dict, here: dict) -> list[str]:
+    """The facts of `here` that are others there, a line each."""
+    changed = [key for key in here if there.get(key) != here[key]]
+    return [f"  {key}: {reprlib.repr(there.get(key))} there, {reprlib.repr(here[key])} here" for key in changed]
 
 
 def save_weights(run: Path, best: dict, config: dict) -> None:
-    """Write the best weights as safetensors; all metadata is one JSON text, so that a run always gives the same bytes."""
+    """Write the best weights as safetensors; all metadata is one JSON text: the same run gives the same bytes."""
     about = {"format": FORMAT, **identity(config), "cycles": config["cycles"]}
     about |= {key: best[key] for key in ("epoch", "val_miou")}
     tensors = {key: value.contiguous() for key, value in best["weights"].items()}
@@ -63,66 +59,58 @@ def weights_sha256(run_or_weights: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_weights(run_or_weights: Path) -> tuple[dict[str, Tensor], dict]:
-    """Weights, and what they were trained with: `identity`, cycles, epoch, val_miou.
+def read_about(run_or_weights: Path) -> dict:
+    """What weights were trained with: their run's `identity`, epoch and val_miou.
 
-    Raises UserError for a damaged file, and for weights in the folder of another run.
+    Raises UserError for a damaged file, and for weights that lie in the folder of another run.
     """
     path = weights_path(run_or_weights)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            about = _read_metadata(file.metadata() or {})
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            texts = file.metadata() or {}
+        about = json.loads(texts["unetseg"]) if "unetseg" in texts else {"format": 1, "model": "unet", **texts}
+        if about["format"] == 1:
+            about |= {key: int(about[key]) for key in ("channels", "depth", "width", "height", "seed", "epoch")}
+            about |= {"classes": list(CLASS_SETS[about["class_set"]].names), "val_miou": float(about["val_miou"])}
+        about = {name: value for name, value in complete(about).items() if name not in FREE} | about
+        check(Settings(**{name: about[name] for name in INHERITED}))
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {str(error)[:300]}"
         raise UserError(f"{path}: expected weights saved by unetseg, found {reason}; copy the file again") from None
-    if not all(value.isfinite().all() for value in weights.values()):
-        raise UserError(f"{path}: expected finite weights, found NaN or infinity; train again with a lower lr")
     if path.parent == run_or_weights and about["format"] == FORMAT:
         config = read_config(run_or_weights)
-        if changed := differences(about, identity(config)):
+        cycles = config["cycles"][: len(about["cycles"])]  # a run may have been given more epochs since
+        if changed := differences(about, identity(config) | {"cycles": cycles}):
             raise UserError("\n".join([f"{path}: these weights are from another run than {CONFIG}:", *changed]))
-    return weights, about
-
-
-def _read_metadata(texts: dict[str, str]) -> dict:
-    """What weights were trained with. Files written before FORMAT 2 have one text per fact."""
-    about = json.loads(texts["unetseg"]) if "unetseg" in texts else {"format": 1, **texts}
-    if about["format"] == 1:
-        about |= {key: int(about[key]) for key in ("channels", "depth", "width", "height", "seed", "epoch")}
-        about |= {"model": "unet", "classes": list(CLASS_SETS[about["class_set"]].names)}
-        about["val_miou"] = float(about["val_miou"])
-    about = {name: value for name, value in complete(about).items() if name not in FREE} | about
-    check(Settings(**{name: about[name] for name in INHERITED}))
-    if not (8 <= about["width"] <= 8192 and 8 <= about["height"] <= 8192 and about["class_set"] in CLASS_SETS):
-        raise ValueError(f"size {about['width']}x{about['height']}, class set {about['class_set']}")
     return about
 
 
 def load_model(run_or_weights: Path) -> tuple[nn.Module, dict]:
-    """The trained network on the CPU, and what it was trained with. Raises UserError."""
-    weights, about = load_weights(run_or_weights)
+    """The trained network on the CPU, and what it was trained with, as `read_about`. Raises UserError."""
+    about, path = read_about(run_or_weights), weights_path(run_or_weights)
+    model = build_model(about, len(about["classes"]))
     try:
-        model = build_model(about, len(about["classes"]))
+        weights = safetensors.torch.load_file(path)
         model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error)[:300]
-        raise UserError(f"{run_or_weights}: the weights do not fit the network {about['model']!r}: {reason}") from None
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        raise UserError(f"{path}: expected weights of {about['model']!r}, found {str(error)[:300]}") from None
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise UserError(f"{path}: expected finite weights, found NaN or infinity; train again with a lower lr")
     return model, about
 
 
-def save_state(run: Path, state: dict) -> None:
-    """Write the training state: tensors, numbers, text, lists and dicts. The last one stays until this is complete."""
+def save_state(run: Path, state: dict, config: dict) -> None:
+    """Write the training state: tensors, numbers, texts, lists and dicts. The last one stays until this is complete."""
     if not (run / CONFIG).is_file():
         raise UserError(f"{run}: the run folder was removed during training; nothing more is saved")
     content = io.BytesIO()  # torch.save hides why it could not write
-    torch.save(state, content)
+    torch.save(state | {"format": FORMAT, "identity": identity(config)}, content)
     with atomic_open(run / STATE, durable=True) as file:
         file.write(content.getbuffer())
 
 
-def load_state(run: Path) -> dict | None:
-    """The training state, or None where there is none. Raises UserError for a file that is damaged."""
+def load_state(run: Path, config: dict) -> dict | None:
+    """The training state, or None where there is none. Raises UserError when it is damaged or another run's."""
     path = run / STATE
     if not path.is_file():
         return None
@@ -134,13 +122,15 @@ def load_state(run: Path) -> dict | None:
         if out_of_memory(error):
             raise
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:100]}"
-        advice = "start another run from the best weights with --init, or delete the file to start anew"
+        advice = "start another run from its weights with --init, or delete the file to start anew"
         raise UserError(f"{path}: expected a training state of this version, found {reason}; {advice}") from None
+    if changed := differences(state["identity"], identity(config)):
+        raise UserError("\n".join([f"{path}: this state is from another run than {CONFIG}:", *changed]))
     return state
 
 
 def read_config(run: Path) -> dict:
-    """config.json of a run folder. Raises UserError when it is missing, damaged or of an older version."""
+    """config.json of a run folder. Raises UserError when it is missing, damaged or of another version."""
     path = run / CONFIG
     if not path.is_file():
         raise UserError(f"{path}: expected the settings of a run, found nothing; is {run} a run folder?")
@@ -150,16 +140,15 @@ def read_config(run: Path) -> dict:
         raise UserError(f"{run}: this run is from another version of unetseg; {advice}; use another --out")
     try:
         identity(config)
+        return config
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: expected the settings of a run, found no {error}; restore the file") from None
-    return config
 
 
 def write_history(run: Path, history: list[dict]) -> None:
-    """Write one line per epoch as CSV; an epoch has no value where its version of unetseg had no such column."""
+    """Write one line per epoch as CSV; where an epoch's version of unetseg had no such column, it has no value."""
     text = io.StringIO()
-    columns = dict.fromkeys(key for row in history for key in row)
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.DictWriter(text, dict.fromkeys(key for row in history for key in row), lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
     with atomic_open(run / HISTORY, durable=True) as file:
@@ -167,12 +156,10 @@ def write_history(run: Path, history: list[dict]) -> None:
 
 
 def read_history(run: Path) -> list[dict]:
-    """The history of a run folder, one dict of numbers (None: no value) per epoch; empty where no epoch was finished."""
+    """The history, one dict of numbers (None: no value) per finished epoch. Raises UserError."""
     path = run / HISTORY
-    if not path.is_file():
-        return []
     try:
-        rows = list(csv.DictReader(io.StringIO(read_bytes(path).decode()), strict=True))
+        rows = list(csv.DictReader(io.StringIO(read_bytes(path).decode()))) if path.is_file() else []
         history = [{key: float(value) if value else None for key, value in row.items()} for row in rows]
         if [row["epoch"] for row in history] != [*range(1, len(rows) + 1)]:
             raise ValueError("epochs that are not 1, 2, 3 ...")

@@ -6,7 +6,7 @@ import numpy as np
 
 IGNORE_INDEX = 255  # void: in no loss and no score under the void rule "ignore"
 VOID_RULES = ("ignore", "background")
-PEOPLE = ("person", "rider", "pedestrian", "bicyclist")
+PEOPLE = ("person", "rider", "pedestrian", "bicyclist")  # classes that occluders are aimed at by default
 
 # Cityscapes' 34 label ids, names, trainIds and colours (cityscapesscripts, helpers/labels.py).
 _CITYSCAPES = """
@@ -100,11 +100,6 @@ class ClassSet:
         """The void rules that make sense here: "background" needs a background class to put void into."""
         return VOID_RULES if self.names[0] == "background" else VOID_RULES[:1]
 
-    @property
-    def people(self) -> tuple[str, ...]:
-        """The classes that are people: occluders are aimed at them by default."""
-        return tuple(name for name in self.names if name in PEOPLE)
-
     def paint(self, mask: np.ndarray) -> np.ndarray:
         """Class ids (H, W), 255 = void -> RGB (H, W, 3) uint8; void is black."""
         palette = np.zeros((256, 3), np.uint8)
@@ -112,22 +107,17 @@ class ClassSet:
         return palette.take(mask, axis=0)  # faster than palette[mask]
 
 
-def _rows(table: str) -> list[tuple]:
-    """Rows of a table above: id, name, trainId, colour, name in the seven-class set."""
-    lines = (line.split() for line in table.strip().splitlines()[1:])
-    return [(int(id_), name, int(train), (int(r), int(g), int(b)), seven) for id_, name, train, r, g, b, seven in lines]
-
-
 def _class_set(name: str, table: str, seven: bool) -> ClassSet:
-    rows = _rows(table)
-    kept = sorted((train, name, colour) for _, name, train, colour, _ in rows if train != IGNORE_INDEX)
-    names = tuple(_SEVEN) if seven else tuple(name for _, name, _ in kept)
-    colours = list(_SEVEN.values()) if seven else [colour for _, _, colour in kept]
+    """The class set that a table above describes, by its trainIds or by its last column."""
+    rows = [line.split() for line in table.strip().splitlines()[1:]]
+    by_train_id = {int(train): (label, (int(r), int(g), int(b))) for _, label, train, r, g, b, _ in rows}
+    colours = _SEVEN if seven else dict(by_train_id[c] for c in sorted(by_train_id) if c != IGNORE_INDEX)
     known, lookup = np.zeros(256, bool), np.full(256, IGNORE_INDEX, np.uint8)
-    for id_, _, train, _, seven_name in rows:
-        known[id_] = True
-        lookup[id_] = train if not seven else IGNORE_INDEX if seven_name == "void" else names.index(seven_name)
-    return ClassSet(name, names, np.array(colours, np.uint8), known, lookup)
+    for id_, label, _, *_, in_seven in rows:
+        member = in_seven if seven else label
+        known[int(id_)] = True
+        lookup[int(id_)] = list(colours).index(member) if member in colours else IGNORE_INDEX
+    return ClassSet(name, tuple(colours), np.array(list(colours.values()), np.uint8), known, lookup)
 
 
 CLASS_SETS = {

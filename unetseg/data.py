@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from . import distributed
 from .augment import AUGMENTATIONS, Source, epoch_draws, stream
-from .classes import CLASS_SETS, IGNORE_INDEX, ClassSet
+from .classes import CLASS_SETS, IGNORE_INDEX, PEOPLE, ClassSet
 from .files import UserError
 from .images import cv2
 from .processed import Split, find_split, read_pair, read_stats
@@ -24,11 +23,11 @@ MOST_BOXES, SMALLEST_INSTANCE = 16, 12  # boxes kept per image; pixels that an i
 
 
 @dataclass
-class SegmentationSet(Dataset):
-    """One split in memory; item i is (image float32 (3, H, W) in [0, 1], mask int64 (H, W), 255 = void).
+class SegmentationSet:
+    """One split in memory.
 
     images      (N, H, W, 3) uint8
-    masks       (N, H, W) uint8 class ids; under void="background" void has become class 0
+    masks       (N, H, W) uint8 class ids, 255 = void; under void="background" void has become class 0
     num_pixels  (N, C) pixels per image and class in these masks
     """
 
@@ -41,27 +40,22 @@ class SegmentationSet(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, mask = self.batch(torch.tensor([index]), torch.device("cpu"))
-        return image[0], mask[0]
-
     @property
     def size(self) -> tuple[int, int]:
         """Width and height."""
         return self.images.shape[2], self.images.shape[1]
 
     def batch(self, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Images (N, 3, H, W) float32 in [0, 1] and masks (N, H, W) int64 of these indices, on `device`."""
-        if device.type == "cuda" and not self.images.is_cuda:
-            self._move(device)
+        """Images (N, 3, H, W) float32 in [0, 1] and masks (N, H, W) int64 of these indices, on `device`.
+
+        A GPU with room for four times as much keeps the whole split.
+        """
+        needed = 4 * (self.images.nbytes + self.masks.nbytes)
+        if device.type == "cuda" and not self.images.is_cuda and torch.cuda.mem_get_info(device)[0] > needed:
+            self.images, self.masks = self.images.to(device), self.masks.to(device)
         indices = indices.to(self.images.device)
         images, masks = self.images[indices].to(device), self.masks[indices].to(device)
         return images.permute(0, 3, 1, 2) / 255, masks.long()
-
-    def _move(self, device: torch.device) -> None:
-        """Keep the split on a GPU that has room for four times as much."""
-        if torch.cuda.mem_get_info(device)[0] > 4 * (self.images.nbytes + self.masks.nbytes):
-            self.images, self.masks = self.images.to(device), self.masks.to(device)
 
 
 def load_split(processed: Path, name: str, void: str = "ignore") -> SegmentationSet:
@@ -72,7 +66,8 @@ def load_split(processed: Path, name: str, void: str = "ignore") -> Segmentation
     """
     split = find_split(processed, name)
     stats = read_stats(processed, split.folder)
-    class_set, (width, height), number = CLASS_SETS[stats["class_set"]], stats["size"], len(split.stems)
+    class_set, (width, height), number = CLASS_SETS[stats["class_set"]], stats["size"], len(split.checked)
+    stems = list(split.checked)
     if void not in class_set.void_rules:
         raise SettingsError(f"void: expected {class_set.void_rules[0]} for {class_set.name}, found {void!r}")
     images, masks = np.empty((number, height, width, 3), np.uint8), np.empty((number, height, width), np.uint8)
@@ -80,7 +75,7 @@ def load_split(processed: Path, name: str, void: str = "ignore") -> Segmentation
 
     def read(row: int) -> str:
         """Fill a row; returns what is wrong with its files, or ""."""
-        stem = split.stems[row]
+        stem = stems[row]
         try:
             pair = read_pair(processed, split.folder, stem, len(class_set), (width, height))
         except UserError as error:
@@ -111,7 +106,6 @@ class Batches:
     settings: Settings | None = None
 
     def __post_init__(self) -> None:
-        self.boxes, self.num_boxes = None, None
         if self.settings:
             self.boxes, self.num_boxes = instance_boxes(self.dataset, self.settings.aim_at)
 
@@ -124,18 +118,19 @@ class Batches:
         order = torch.arange(total)
         if settings:
             order = torch.randperm(total, generator=stream("order", settings.seed, number))
-            tables = {name: epoch_draws(name, total, settings.seed, number) for name in settings.augment}
-            steps = [(AUGMENTATIONS[name], tables[name], named_by(AUGMENTATIONS[name], settings)) for name in tables]
+            for name in settings.augment:
+                table, function = epoch_draws(name, total, settings.seed, number), AUGMENTATIONS[name]
+                steps.append((function, table, named_by(function, vars(settings))))
         for first in range(start * self.batch_size, total, self.batch_size):
             indices = distributed.share(order[first : first + self.batch_size])
             images, masks = self.dataset.batch(indices, self.device)
             for function, table, knobs in steps if len(indices) else ():
-                columns = table[indices].to(self.device).unbind(1)
-                draws = dict(zip(function.draws, columns, strict=True))
-                images, masks = function(images, masks, draws, self._source(indices), **knobs)
+                draws = dict(zip(function.draws, table[indices].to(self.device).unbind(1), strict=True))
+                images, masks = function(images, masks, draws, self.source(indices), **knobs)
             yield images, masks, indices
 
-    def _source(self, indices: Tensor) -> Source:
+    def source(self, indices: Tensor) -> Source:
+        """What augmentations may use besides the batch itself."""
         boxes, num_boxes = self.boxes[indices].to(self.device), self.num_boxes[indices].to(self.device)
         total = len(self.dataset)
         return Source(boxes, num_boxes, lambda draw: self.dataset.batch((draw * total).long(), self.device)[0])
@@ -180,7 +175,8 @@ def instance_boxes(dataset: SegmentationSet, names: tuple[str, ...] | None = Non
     Returns boxes (N, MOST_BOXES, 4) float x0, y0, x1, y1 and their number per image (N,) int64.
     Raises SettingsError for a class that the data set does not have.
     """
-    known, names = dataset.class_set.names, dataset.class_set.people if names is None else names
+    known = dataset.class_set.names
+    names = [name for name in PEOPLE if name in known] if names is None else names
     if unknown := set(names) - set(known):
         raise SettingsError(f"aim_at: expected some of {', '.join(known)}; found {', '.join(sorted(unknown))}")
     wanted = [known.index(name) for name in names]

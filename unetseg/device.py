@@ -47,14 +47,15 @@ def require_kernels(index: int) -> None:
 
 def unused_gpu() -> str:
     """Why a GPU that the driver lists is not used, or "" when there is none or it was hidden on purpose."""
-    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not shutil.which("nvidia-smi"):
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.cuda.is_available() or hidden or not shutil.which("nvidia-smi"):
         return ""
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False, timeout=10)
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False, timeout=10).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"its driver does not answer ({error})"
-    needed = f"needs a driver for CUDA {torch.version.cuda}" if torch.version.cuda else "is a build for CPUs"
-    return f"torch {torch.__version__} {needed}, or CUDA_VISIBLE_DEVICES hides it" if "GPU" in listed.stdout else ""
+    needs = f"needs a driver for CUDA {torch.version.cuda}" if torch.version.cuda else "is a build for CPUs"
+    return f"torch {torch.__version__} {needs}, or CUDA_VISIBLE_DEVICES hides it" if "GPU" in listed else ""
 
 
 def device_name(device: torch.device) -> str:
@@ -69,19 +70,17 @@ def precision_rule(device: torch.device) -> str:
     if device.type == "cuda":
         major = torch.cuda.get_device_capability(device)[0]
         return "bf16" if major >= 8 else "fp16" if major == 7 else "fp32"
-    cpu = Path("/proc/cpuinfo")
-    flags = set(cpu.read_text().split()) if cpu.is_file() else set()
-    return "bf16" if flags & {"avx512_bf16", "amx_bf16"} else "fp32"
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").is_file() else []
+    return "bf16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context for forward passes in "fp32", "fp16" or "bf16"."""
-    enabled = precision != "fp32"
-    return torch.autocast(device.type, DTYPES[precision] if enabled else torch.bfloat16, enabled=enabled)
+    return torch.autocast(device.type, DTYPES[precision] if precision != "fp32" else None, enabled=precision != "fp32")
 
 
 def be_deterministic(wanted: bool) -> None:
-    """On a GPU use only algorithms that give the same bits every time, or else the fastest; call before its first use."""
+    """On a GPU take algorithms that always give the same bits, or else the fastest; call before its first use."""
     if wanted:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.backends.cudnn.benchmark = not wanted

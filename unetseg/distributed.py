@@ -14,7 +14,6 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from .files import UserError
 
@@ -42,7 +41,7 @@ def begin() -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process; one of several skips Python's last clean-up, in which gloo may abort (pytorch/pytorch#179291)."""
+    """End this process; one of several skips the last clean-up, in which gloo may abort (pytorch/pytorch#179291)."""
     if launched():
         atexit._run_exitfuncs()
         sys.stdout.flush()
@@ -64,11 +63,25 @@ def share(indices: Tensor) -> Tensor:
     return indices.tensor_split(world())[rank()]
 
 
+class AllSum(torch.autograd.Function):
+    """The sum over all processes, of values and of their gradients."""
+
+    @staticmethod
+    def forward(ctx: object, value: Tensor) -> Tensor:
+        total = value.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return AllSum.forward(ctx, grad)
+
+
 def all_sum(value: Tensor | int) -> Tensor | int:
     """The sum over all processes; gradients of a tensor flow back to each of them."""
     if world() == 1:
         return value
-    return int(all_reduce(torch.tensor(value))) if isinstance(value, int) else all_reduce(value)
+    return AllSum.apply(value) if isinstance(value, Tensor) else int(AllSum.apply(torch.tensor(value)))
 
 
 def average_(buffers: list[Tensor], weight: int) -> None:
@@ -100,4 +113,4 @@ def wrap(model: nn.Module) -> nn.Module:
     if world() == 1:
         return model
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if next(model.parameters()).is_cuda else model
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(model)

@@ -1,9 +1,8 @@
 """Losses as ratios of sums over the global batch; void pixels are in no sum, and a batch that is all void has loss 0.
 
-A loss takes logits (N, C, H, W) float, mask (N, H, W) int64 with class ids 0..C-1 or IGNORE_INDEX, and
-    class_weights  (C,) float, or None for equal weights
-    all_sum        adds a tensor up over all processes, differentiably; every sum must go through it
-and, as further parameters, any settings by their names. To add a loss, write it here and enter it in LOSSES.
+A loss takes logits (N, C, H, W) float, mask (N, H, W) int64 with class ids 0..C-1 or IGNORE_INDEX, class_weights (C,)
+or None for equal weights, all_sum, which adds a tensor up over all processes (every sum must go through it), and any
+settings by their names. To add a loss, write it here and enter it in LOSSES.
 """
 
 from collections.abc import Callable
@@ -20,10 +19,7 @@ def this_process(tensor: Tensor) -> Tensor:
 
 
 def cross_entropy(
-    logits: Tensor,
-    mask: Tensor,
-    class_weights: Tensor | None = None,
-    all_sum: Callable[[Tensor], Tensor] = this_process,
+    logits: Tensor, mask: Tensor, class_weights: Tensor | None = None, all_sum: Callable = this_process
 ) -> Tensor:
     """Cross-entropy averaged over the valid pixels, each weighted by its class."""
     # per pixel, then the sum: PyTorch's own sum is not deterministic on CUDA
@@ -36,10 +32,7 @@ def cross_entropy(
 
 
 def dice_loss(
-    logits: Tensor,
-    mask: Tensor,
-    class_weights: Tensor | None = None,
-    all_sum: Callable[[Tensor], Tensor] = this_process,
+    logits: Tensor, mask: Tensor, class_weights: Tensor | None = None, all_sum: Callable = this_process
 ) -> Tensor:
     """1 - soft Dice, averaged over the classes present in the batch's masks; in [0, 1]. Every class counts alike.
 
@@ -62,7 +55,7 @@ def ce_dice(
     logits: Tensor,
     mask: Tensor,
     class_weights: Tensor | None = None,
-    all_sum: Callable[[Tensor], Tensor] = this_process,
+    all_sum: Callable = this_process,
     dice_share: float = 0.5,
 ) -> Tensor:
     """(1 - dice_share) · cross-entropy + dice_share · Dice; dice_share in [0, 1]."""

@@ -49,21 +49,15 @@ METRICS = {"miou": miou, "accuracy": accuracy}  # name -> function of (C, C) cou
 
 
 def scores(confusion: np.ndarray, names: tuple[str, ...], void: str) -> dict:
-    """Every number in METRICS, and IoU, precision, recall and F1 per class; all in [0, 1].
+    """Every number in METRICS, and IoU, precision, recall and F1 per class, from (C + 1, C) counts; all in [0, 1].
 
-    confusion  (C + 1, C) integer pixel counts, the sum of `confusion_matrices` over images
-    void       "ignore" or "background"
     A class without a pixel of truth has scores None, is left out of mIoU, and is listed under "absent". A ratio with
     denominator 0 (the precision of a class never predicted) is 0.
     """
     counts = under_rule(np.asarray(confusion), void)
     hits, truth, pred = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
-    columns = {
-        "iou": iou(counts),
-        "precision": hits / np.maximum(pred, 1),
-        "recall": hits / np.maximum(truth, 1),
-        "f1": 2 * hits / np.maximum(truth + pred, 1),
-    }
+    columns = {"iou": iou(counts), "precision": hits / np.maximum(pred, 1), "recall": hits / np.maximum(truth, 1)}
+    columns["f1"] = 2 * hits / np.maximum(truth + pred, 1)
     classes = {}
     for c, name in enumerate(names):
         values = {key: float(column[c]) if truth[c] else None for key, column in columns.items()}

@@ -1,10 +1,10 @@
 """The U-Net, with any width and depth and for any input size, and the table of networks."""
 
-import inspect
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .settings import named_by
 
 
 class UNet(nn.Module):
@@ -57,14 +57,10 @@ def _initialise(layer: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-MODELS = {"unet": UNet}  # name -> function (num_classes, any settings by their names) -> network of logits
+MODELS = {"unet": UNet}  # name -> function (num_classes, any settings by their names) -> network that returns logits
 
 
 def build_model(settings: dict, num_classes: int) -> nn.Module:
-    """The network that `settings` name, with random weights.
-
-    settings  a run's settings, of which the network takes those that its parameters are named after
-    """
+    """The network that a run's settings name, with random weights."""
     make = MODELS[settings["model"]]
-    knobs = {name: settings[name] for name in inspect.signature(make).parameters if name in settings}
-    return make(num_classes, **knobs)
+    return make(num_classes, **named_by(make, settings))

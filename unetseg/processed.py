@@ -35,10 +35,6 @@ class Split:
     note: str
 
     @property
-    def stems(self) -> list[str]:
-        return list(self.checked)
-
-    @property
     def images(self) -> list[str]:
         """The images by folder and stem, which may repeat a name from another folder."""
         return [f"{self.folder}/{stem}" for stem in self.checked]
@@ -68,7 +64,9 @@ def find_split(processed: Path, name: str) -> Split:
     if name in ("train", "val") and not has_val:
         chosen = np.random.RandomState(42).permutation(len(stems))[: max(1, round(len(stems) / 5))].tolist()
         kept = [stem for place, stem in enumerate(stems) if (place in chosen) == (name == "val")]
-        note = f"{len(kept)} of {len(stems)} train images: there is no val split, so a fifth of train is held out as val"
+        note = (
+            f"{len(kept)} of {len(stems)} train images: there is no val split, so a fifth of train is held out as val"
+        )
         stems = kept
     elif halved and name in ("val", "test"):
         shuffled, num_val = np.random.RandomState(42).permutation(len(stems)), -(-len(stems) // 2)

@@ -19,6 +19,7 @@ PRESETS = {  # a stage is a loss x an augmentation x a starting point; the two f
 }
 TITLES = {"scratch": "from scratch, CE", "weighted_ce": "weighted CE + occlusion", "ce_dice": "CE + Dice + occlusion"}
 INHERITED = {"model": "unet", "channels": 32, "depth": 4, "void": "ignore"}  # from `init`, or these defaults
+FREE = ("data", "out", "init", "epochs", "project", "max_minutes", "num_processes")  # may change when a run resumes
 
 
 class SettingsError(UserError):
@@ -51,15 +52,15 @@ class Settings:
     seed: int = knob(0, "seed of weights, sample order and augmentation", low=0, high=2**32 - 1)
     void: str | None = knob(None, "void pixels: ignore, or count as background", choices=("ignore", "background"))
     loss: str | None = knob(None, "loss function", choices="losses.LOSSES")
-    weighting: str | None = knob(None, "class weights from frequencies: none, sqrt, inverse, median, enet", choices="data.WEIGHTINGS")
+    weighting: str | None = knob(None, "class weights from pixel frequencies", choices="data.WEIGHTINGS")
     dice_share: float = knob(0.5, "share of Dice in ce_dice; the rest is cross-entropy", low=0, high=1)
     augment: tuple[str, ...] = knob(("occlude", "basic"), "augmentations, in order", choices="augment.AUGMENTATIONS")
     occlusion: float | None = knob(None, "share of images with an occluder", low=0, high=1)
     aimed: float = knob(0.5, "share of occluders placed on an instance", low=0, high=1)
     aim_at: tuple[str, ...] | None = knob(None, "classes of those instances (default: people)")
     occluded: str = knob("keep", "covered pixels keep their class, or become void", choices=("keep", "void"))
-    precision: str = knob("auto", "fp32, fp16 or bf16; auto: by rule for the device", choices=("auto", "fp32", "fp16", "bf16"))
-    memory_format: str = knob("channels_last", "memory format of the tensors", choices=("channels_last", "contiguous"))
+    precision: str = knob("auto", "auto: by rule for the device", choices=("auto", "fp32", "fp16", "bf16"))
+    memory_format: str = knob("channels_last", "layout of tensors", choices=("channels_last", "contiguous"))
     compile: bool = knob(False, "use torch.compile")
     deterministic: bool = knob(False, "bitwise reproducible on a GPU, and slower (a CPU always is)")
     project: str | None = knob(None, "W&B project (default: WANDB_PROJECT, or unetseg)")
@@ -67,17 +68,12 @@ class Settings:
     num_processes: int = knob(1, "processes on this machine, one per GPU", low=1, high=64)
 
     def __post_init__(self) -> None:
-        for name in ("data", "out", "init"):
-            if isinstance(getattr(self, name), Path):
-                object.__setattr__(self, name, str(getattr(self, name)))
-        for name in ("augment", "aim_at"):  # JSON has lists only
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, value in vars(self).items():
+            if isinstance(value, (Path, list)):  # lists come from JSON
+                object.__setattr__(self, name, str(value) if isinstance(value, Path) else tuple(value))
 
 
-KNOBS = {f.name: f for f in fields(Settings)}
-HINTS = get_type_hints(Settings)
-FREE = ("data", "out", "init", "epochs", "project", "max_minutes", "num_processes")  # may change when a run resumes
+KNOBS, HINTS = {f.name: f for f in fields(Settings)}, get_type_hints(Settings)
 
 
 def kind(name: str) -> type:
@@ -97,68 +93,57 @@ def choices_of(name: str) -> tuple[str, ...]:
 
 def check(settings: Settings) -> Settings:
     """The same settings. Raises SettingsError, saying what to write instead, for the first one that is invalid."""
-    for name in KNOBS:
-        value = getattr(settings, name)
-        if problem := _problem(name, value):
-            raise SettingsError(f"{name}: expected {problem}, found {value!r}")
+    for name, declared in KNOBS.items():
+        value, type_, choices = getattr(settings, name), kind(name), choices_of(name)
+        low, high = declared.metadata["low"], declared.metadata["high"]
+        if type_ in (int, float):
+            good = isinstance(value, int if type_ is int else (int, float)) and not isinstance(value, bool)
+            good, expected = good and low <= value <= high, f"{'a whole' if type_ is int else 'a'} number"
+            expected += f" from {low:g} to {high:g}" if low > -math.inf else ""
+        elif type_ is bool:
+            good, expected = isinstance(value, bool), "True or False, without quotes"
+        else:
+            names = value if type_ is tuple else (value,)
+            good = isinstance(names, tuple) and all(isinstance(n, str) and n in (choices or (n,)) for n in names)
+            expected = "a list of names, such as" if type_ is tuple else "one of" if choices else "a text"
+            expected += f" {', '.join(choices)}" if type_ is str else f" {list(choices) or ['person']}"
+        if not (good or (value is None and NoneType in get_args(HINTS[name]))):
+            raise SettingsError(f"{name}: expected {expected.strip()}; found {value!r}")
     return settings
-
-
-def _problem(name: str, value: object) -> str:
-    """What a setting should be, or "" when the value is allowed."""
-    type_, meta, choices = kind(name), KNOBS[name].metadata, choices_of(name)
-    if value is None and NoneType in get_args(HINTS[name]):
-        return ""
-    if type_ in (int, float):
-        number = isinstance(value, (int,) if type_ is int else (int, float)) and not isinstance(value, bool)
-        if number and meta["low"] <= value <= meta["high"]:
-            return ""
-        return f"a {'whole ' if type_ is int else ''}number from {meta['low']:g} to {meta['high']:g}"
-    if type_ is tuple:
-        good = isinstance(value, tuple) and all(isinstance(v, str) and (not choices or v in choices) for v in value)
-        return "" if good else f'a list of names such as ["{choices[0] if choices else "person"}"]' + _one_of(choices)
-    if type_ is bool:
-        return "" if isinstance(value, bool) else "True or False (without quotes)"
-    return "" if isinstance(value, str) and (not choices or value in choices) else f"text{_one_of(choices)}"
-
-
-def _one_of(choices: tuple[str, ...]) -> str:
-    return f" (one of {', '.join(choices)})" if choices else ""
 
 
 def with_preset(settings: Settings) -> Settings:
     """Checked settings, with the preset's values where they are None. Raises SettingsError."""
-    check(settings)
-    if settings.stage != "scratch" and settings.init is None:
+    if check(settings).stage != "scratch" and settings.init is None:
         raise SettingsError(f"{settings.stage} is a fine-tuning: name the run or weights it starts from with --init")
     preset = PRESETS[settings.stage].items()
     return replace(settings, **{name: value for name, value in preset if getattr(settings, name) is None})
 
 
 def complete(stored: dict) -> dict:
-    """Stored settings without those that no longer exist, and with defaults for those that their version did not know."""
+    """Stored settings without those that no longer exist, and with defaults for those that were not known then."""
     defaults = {name: declared.default for name, declared in KNOBS.items()}
     known = defaults | INHERITED | PRESETS[stored["stage"]] | {k: v for k, v in stored.items() if k in KNOBS}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in known.items()}
 
 
-def named_by(function: Callable, settings: Settings) -> dict:
+def named_by(function: Callable, settings: dict) -> dict:
     """The settings whose names are parameters of `function`: how losses, augmentations and networks get their knobs."""
-    return {name: getattr(settings, name) for name in inspect.signature(function).parameters if name in KNOBS}
+    return {name: settings[name] for name in inspect.signature(function).parameters if name in settings}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """One flag per setting; a setting that is not given keeps its default."""
     parser.add_argument("stage", choices=tuple(PRESETS), help=KNOBS["stage"].metadata["help"])
     for name, declared in list(KNOBS.items())[1:]:
-        flag, text = f"--{name.replace('_', '-')}", declared.metadata["help"]
+        flag, text, choices = f"--{name.replace('_', '-')}", declared.metadata["help"], declared.metadata["choices"]
         if kind(name) is bool:
             parser.add_argument(flag, action="store_true", default=None, help=text)
             continue
-        values = [str(preset[name]) for preset in PRESETS.values() if name in preset]
-        default = ", ".join(values) or INHERITED.get(name, declared.default)
-        choices = declared.metadata["choices"] if isinstance(declared.metadata["choices"], tuple) else ()
-        more = {"nargs": "*"} if kind(name) is tuple else {"type": kind(name), "choices": choices or None}
-        required = name in ("data", "out")
-        shown = "" if required or default is None else f" ({' '.join(default) if kind(name) is tuple else default})"
-        parser.add_argument(flag, **more, default=None, required=required, help=text + shown.replace("%", "%%"))
+        by_preset = ", ".join(str(preset[name]) for preset in PRESETS.values() if name in preset)
+        default = by_preset or INHERITED.get(name, declared.default)
+        text += f"; a name in {choices.replace('.', '.py, ')}" if isinstance(choices, str) else ""
+        text += f" ({' '.join(default) if kind(name) is tuple else default})" if default is not None else ""
+        options = {"nargs": "*"} if kind(name) is tuple else {"type": kind(name), "choices": choices or None}
+        options |= {"choices": None} if isinstance(choices, str) else {}
+        parser.add_argument(flag, **options, required=name in ("data", "out"), help=text)

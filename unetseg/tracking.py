@@ -178,7 +178,7 @@ def user_settings():
 
 
 def has_key(settings) -> bool:
-    """Whether there is a key for the server, in the environment or in ~/.netrc; asks neither the user nor the server."""
+    """Whether there is a key, in the environment or in ~/.netrc; asks neither the user nor the server."""
     with contextlib.suppress(Exception):  # W&B's own reader is internal to it
         from wandb.sdk.lib.wbauth import wbnetrc
 
@@ -192,7 +192,7 @@ def read_record(folder: Path) -> dict:
     return {}
 
 
-def wandb_is_waiting(folder: Path) -> bool:
+def is_waiting(folder: Path) -> bool:
     """Whether W&B lacks the best weights of a finished run, because the process was killed before its last step."""
     record = read_record(folder)
     return bool(record) and record.get("best") != checkpoint.weights_sha256(folder)

@@ -42,31 +42,26 @@ class Pause(Exception):
 class Stopper:
     """Says when to stop early: SIGINT or SIGTERM has come, or the time limit is near.
 
-    Inside its `with` block the first signal only sets `reason`, and is delivered when the block ends; a second one acts
-    at once.
+    Inside its `with` block a first signal only sets `reason`, and is delivered at its end; a second one acts at once.
     """
 
     def __init__(self, max_minutes: float | None = None) -> None:
         self.deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
-        self.received, self.longest, self.looked = 0, 0.0, math.inf
-        self.handlers: dict = {}
+        self.received, self.longest, self.looked, self.handlers = 0, 0.0, math.inf, {}
 
-    def __enter__(self) -> "Stopper":
-        for number in (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ():
-            if signal.getsignal(number) not in (None, signal.SIG_IGN):
-                self.handlers[number] = signal.signal(number, self._receive)
-        return self
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {n: signal.signal(n, self.restore) for n in (signal.SIGINT, signal.SIGTERM)}
 
-    def _receive(self, number: int, frame: object) -> None:
-        self.received = number
-        self._restore()
-
-    def _restore(self) -> None:
+    def restore(self, number: int = 0, frame: object = None) -> None:
+        """Give signals back their handlers: at the end of the block, or as the handler of the first one."""
+        self.received = self.received or number
         while self.handlers:
-            signal.signal(*self.handlers.popitem())
+            number, handler = self.handlers.popitem()
+            signal.signal(number, handler or signal.SIG_DFL)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        self._restore()
+        self.restore()
         if self.received and error is None:  # an error, such as a save that failed, matters more
             signal.raise_signal(self.received)
 
@@ -82,11 +77,9 @@ class Stopper:
 class State:
     """Everything that changes while training: AdamW under one-cycle schedules, history, the best weights.
 
-    run              run folder with config.json; a state that lies there is loaded
-    config           the facts in config.json, among them cycles: the last epoch of each one-cycle schedule
-    steps_per_epoch  of training
+    run, config      run folder, whose state is loaded, and its config.json; cycles there: last epoch of each schedule
     history          a row per finished epoch
-    step, seconds    of the running epoch
+    step, seconds    of the running epoch, which has `steps_per_epoch`
     sums             (4,) float64: loss x images, images, skipped steps in this epoch, and in a row
     best             epoch, val_miou, weights and confusion (C + 1, C) of the best epoch so far, or None
     After Loshchilov & Hutter, ICLR 2019 (AdamW), and Smith, 2018 (one-cycle schedule).
@@ -94,47 +87,36 @@ class State:
 
     def __init__(self, model: nn.Module, run: Path, config: dict, steps_per_epoch: int, stopper: Stopper) -> None:
         self.run, self.config, self.steps_per_epoch, self.stopper = run, config, steps_per_epoch, stopper
-        settings = config["settings"]
+        settings, self.device = config["settings"], next(model.parameters()).device
         self.precision, self.lr, self.void = settings["precision"], settings["lr"], settings["void"]
-        self.device = next(model.parameters()).device
         self.model = model.to(memory_format=FORMATS[settings["memory_format"]])
         network = distributed.wrap(self.model)
         self.network = torch.compile(network, dynamic=False) if settings["compile"] else network
-        decay = settings["weight_decay"]
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=decay, fused=True)
+        decay, weights = settings["weight_decay"], self.model.parameters()
+        self.optimizer = torch.optim.AdamW(weights, lr=self.lr, weight_decay=decay, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]  # of BatchNorm
-        self.history, self.step, self.seconds, self.best = [], 0, 0.0, None
-        self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)
-        self.saved, self.cost, self.written = time.monotonic(), 0.0, None
-        if saved := distributed.from_first(lambda: checkpoint.load_state(run)):
-            self.load(saved)
+        self.statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]  # of BatchNorm
+        self.saved, self.cost, self.written = time.monotonic(), 0.0, 0
+        zero = {"history": [], "step": 0, "seconds": 0.0, "best": None, "sums": torch.zeros(4, dtype=torch.float64)}
+        saved = distributed.from_first(lambda: checkpoint.load_state(run, config)) or zero
+        self.history, self.step, self.seconds, self.best, self.sums = (saved[key] for key in zero)
+        self.sums = self.sums.to(self.device)
+        if saved is not zero:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": saved["moments"]})
+            self.scaler.load_state_dict(saved["scaler"])
 
     @property
     def epoch(self) -> int:
         return len(self.history) + 1
 
-    def load(self, saved: dict) -> None:
-        """Take over a saved state. Raises UserError for the state of another run."""
-        if changed := checkpoint.differences(saved["identity"], checkpoint.identity(self.config)):
-            path = self.run / checkpoint.STATE
-            raise UserError("\n".join([f"{path}: this state is from another run than {checkpoint.CONFIG}:", *changed]))
-        self.model.load_state_dict(saved["model"])
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": saved["moments"], "param_groups": groups})
-        self.scaler.load_state_dict(saved["scaler"])
-        self.history, self.step, self.seconds, self.best = (saved[k] for k in ("history", "step", "seconds", "best"))
-        self.sums = saved["sums"].to(self.device)
-
     def save(self) -> None:
-        """Write the state, then what follows from it: best weights and history. Of several processes, the first does."""
+        """Write the state, then the best weights and the history, which follow from it."""
         start = time.monotonic()
         if distributed.rank() == 0:
-            state = {"format": checkpoint.FORMAT, "identity": checkpoint.identity(self.config)}
+            state = {key: getattr(self, key) for key in ("history", "step", "seconds", "best", "sums")}
             state |= {"model": self.model.state_dict(), "moments": self.optimizer.state_dict()["state"]}
-            state |= {"scaler": self.scaler.state_dict(), "sums": self.sums, "history": self.history}
-            state |= {"step": self.step, "seconds": self.seconds, "best": self.best}
-            checkpoint.save_state(self.run, state)
+            checkpoint.save_state(self.run, state | {"scaler": self.scaler.state_dict()}, self.config)
             if self.best and self.best["epoch"] != self.written:
                 checkpoint.save_weights(self.run, self.best, self.config)
                 self.written = self.best["epoch"]
@@ -163,13 +145,6 @@ class State:
         shape = {"max_lr": self.lr, "total_steps": max(total, 6), "pct_start": 0.2, "cycle_momentum": False}
         torch.optim.lr_scheduler.OneCycleLR(self.optimizer, **shape)  # sets what a later start needs
         return torch.optim.lr_scheduler.OneCycleLR(self.optimizer, **shape, last_epoch=done - 1)
-
-    def count(self, loss: Tensor, finite: Tensor, num_images: int) -> None:
-        """Count a step, without making a GPU wait."""
-        total, images, skipped, in_a_row = self.sums.unbind()
-        counted = total + loss.where(finite, 0) * num_images, images + finite * num_images
-        self.sums = torch.stack([*counted, skipped + ~finite, (in_a_row + 1) * ~finite])
-        self.step += 1
 
     def train_loss(self) -> float:
         """Mean loss per image in the running epoch. Raises TrainingStopped after MAX_SKIPPED skipped steps in a row."""
@@ -200,8 +175,7 @@ def fit(state: State, loss_fn: Callable, train_batches, val_batches, log: Callab
     loss_fn                     function of logits and mask
     train_batches, val_batches  with .epoch(number, first batch) -> iterable of (images, masks, indices)
     log                         called with each epoch's row of the history
-    When the stopper ends it early, the history is shorter and the state is saved.
-    Raises TrainingStopped when loss or gradient stays not finite, or memory does not suffice.
+    When the stopper ends it early, the history is shorter and the state is saved. Raises TrainingStopped.
     """
     num_epochs, size, batch_size = state.config["cycles"][-1], len(train_batches.dataset), train_batches.batch_size
     done = len(state.history) * size + min(state.step * batch_size, size)
@@ -218,16 +192,17 @@ def fit(state: State, loss_fn: Callable, train_batches, val_batches, log: Callab
                 state.save()
         except Pause as pause:
             place = f"in epoch {state.epoch} of {num_epochs}, after step {state.step} of {state.steps_per_epoch}"
-            if distributed.rank() == 0:
-                said = f"{state.run.name}: {pause}, stopped {place}. State saved: run the same command to resume."
-                bar.write(said, sys.stderr)
+            said = f"{state.run.name}: {pause}, stopped {place}. State saved: run the same command to resume."
+            bar.write(said if distributed.rank() == 0 else "", sys.stderr)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             advice = f"try --batch-size {batch_size // 2}" if batch_size > 1 else "use fewer channels or smaller images"
-            raise TrainingStopped(f"out of memory with batch size {batch_size}: {advice} ({str(error)[:200]})") from None
-    if len(state.history) == num_epochs and state.best is None:
-        raise TrainingStopped(f"{state.run}: no epoch gave a finite val loss: training diverged; use a lower lr")
+            raise TrainingStopped(
+                f"out of memory with batch size {batch_size}: {advice} ({str(error)[:150]})"
+            ) from None
+    if state.epoch > num_epochs and state.best is None:
+        raise TrainingStopped(f"{state.run}: training diverged, no epoch has a finite val loss; use a lower lr")
     return state.history
 
 
@@ -251,12 +226,13 @@ def train_one_epoch(state: State, batches: Iterable, loss_fn: Callable, bar: tqd
         for buffer, old in zip(state.statistics, statistics):
             buffer.copy_(torch.where(finite, buffer, old))
         num_images = distributed.all_sum(len(images))
-        state.count(loss.detach(), finite, num_images)
-        state.seconds = time.perf_counter() - started
+        total, seen, skipped, in_a_row = state.sums.unbind()
+        sums = total + loss.detach().where(finite, 0) * num_images, seen + finite * num_images, skipped + ~finite
+        state.sums = torch.stack([*sums, (in_a_row + 1) * ~finite])
+        state.step, state.seconds = state.step + 1, time.perf_counter() - started
         bar.update(num_images)
         if state.device.type == "cpu" or state.step % LOOK_STEPS == 0:
             bar.set_postfix({"epoch": state.epoch, "loss": f"{state.train_loss():.3f}"}, refresh=False)
-    state.train_loss()
 
 
 def forward(network: nn.Module, images: Tensor, precision: str) -> Tensor:
@@ -280,12 +256,10 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(
-    model: nn.Module, batches: Iterable, num_classes: int, loss_fn: Callable, precision: str = "fp32", void: str = "ignore"
-) -> Evaluation:
-    """Score a model on batches of (images, masks, indices) whose masks mark void; counts do not depend on batch size.
+def evaluate(model: nn.Module, batches: Iterable, num_classes: int, loss_fn: Callable, precision="fp32", void="ignore"):
+    """Score a model on batches of (images, masks, indices) whose masks mark void; returns an Evaluation.
 
-    void  the rule for the loss; the confusion matrices serve both rules
+    void  the rule for the loss; the confusion matrices serve both rules, and do not depend on the batch size
     """
     model.eval()
     found, rows, total, num_images, start = [], [], 0.0, 0, time.perf_counter()
@@ -313,13 +287,12 @@ def history_row(state: State, result: Evaluation) -> dict:
     row["gpu_gibibytes"] = torch.cuda.max_memory_reserved() / 2**30 if state.device.type == "cuda" else None
     row |= {f"val_{name}": score[name] for name in METRICS if name != "miou"}
     row |= {f"val_iou_{name}": values["iou"] for name, values in score["classes"].items()}
-    concerns = []
-    if skipped > (5 if state.precision == "fp16" else 0):  # fp16 now and then tries a larger loss scale
-        concerns.append(f"{skipped:.0f} steps were skipped because loss or gradient was not finite")
-    if not math.isfinite(result.loss):
-        concerns.append(f"the val loss is {result.loss}")
-    if share.max() > COLLAPSED:
-        concerns.append(f"{share.max():.1%} of the val predictions are {names[share.argmax()]}: the network collapsed")
-    for concern in concerns:
-        warnings.warn(f"epoch {row['epoch']}: {concern}", stacklevel=2)
+    usual = 5 if state.precision == "fp16" else 0  # it now and then tries a larger loss scale
+    for concern, found in (
+        (f"{skipped:.0f} steps were skipped because loss or gradient was not finite", skipped > usual),
+        (f"the val loss is {result.loss}", not math.isfinite(result.loss)),
+        (f"{share.max():.1%} of the predictions are {names[share.argmax()]}: it collapsed", share.max() > COLLAPSED),
+    ):
+        if found:
+            warnings.warn(f"epoch {state.epoch}: {concern}", stacklevel=2)
     return row

@@ -18,7 +18,7 @@ from ..data import load_split
 from ..files import UserError, read_bytes
 from ..losses import cross_entropy
 from ..processed import read_stats
-from ..settings import INHERITED, PRESETS, TITLES
+from ..settings import INHERITED, PRESETS
 from ..train import forward
 from .layouts import choose_splits, find_layout
 
@@ -132,7 +132,9 @@ def describe_wandb() -> tuple[str, None]:
         settings = tracking.user_settings()
         key = tracking.has_key(settings)
     except Exception as error:  # W&B's own errors for wrong settings have no common base class
-        raise UserError(f"W&B cannot be used ({error}): correct its settings (WANDB_...), or set WANDB_MODE=disabled") from None
+        raise UserError(
+            f"W&B cannot be used ({error}): correct its settings (WANDB_...), or set WANDB_MODE=disabled"
+        ) from None
     mode = settings.mode if key or settings.mode != "online" else "offline: there is no key (WANDB_API_KEY)"
     return mode, None
 
@@ -157,7 +159,10 @@ def seconds_per_image(num_classes: int, size: tuple[int, int], channels: int = I
     where = device.pick_device()
     model = UNet(num_classes, channels).to(where, memory_format=torch.channels_last).train()
     optimizer, seconds = torch.optim.AdamW(model.parameters(), fused=True), []
-    images, masks = torch.rand(8, 3, *size[::-1], device=where), torch.zeros(8, *size[::-1], dtype=torch.long, device=where)
+    images, masks = (
+        torch.rand(8, 3, *size[::-1], device=where),
+        torch.zeros(8, *size[::-1], dtype=torch.long, device=where),
+    )
     for _ in range(12):  # the first two are to warm up
         start = time.perf_counter()
         loss = cross_entropy(forward(model, images, device.precision_rule(where)), masks)

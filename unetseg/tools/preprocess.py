@@ -182,7 +182,7 @@ def write_array(path: Path, save: Callable[[BytesIO], None]) -> None:
 
 @contextmanager
 def open_pool(workers: int, dask: str | None) -> Iterator[Executor]:
-    """Worker processes here, or those of a Dask cluster, which has this package and sees the data under the same paths."""
+    """Worker processes here, or those of a Dask cluster that has this package and the data under the same paths."""
     if dask is None:
         with worker_pool(workers) as pool:
             try:
@@ -211,8 +211,10 @@ def open_pool(workers: int, dask: str | None) -> Iterator[Executor]:
             raise UserError(f"{dask}: workers died repeatedly (out of memory?): {error}") from None
 
 
-def process_split(pool: Executor, pairs: list[Pair], out: Path, split: str, recipe: Recipe, reuse: bool) -> list[Record]:
-    """Make a split's pairs on the pool, in order; what an earlier run made in `out` or in its staging folder is taken."""
+def process_split(
+    pool: Executor, pairs: list[Pair], out: Path, split: str, recipe: Recipe, reuse: bool
+) -> list[Record]:
+    """Make a split's pairs on the pool, in order; what an earlier run made is taken from `out` or from staging."""
     staging = out / UNFINISHED
     for path in pair_paths(staging, split, ""):
         make_folder(path.parent)
@@ -299,7 +301,9 @@ def move_into_place(out: Path, splits: list[str]) -> None:
         for stem in read_json(staging / path.name)["files"].keys() - set(plan[split]):
             for target in pair_paths(out, split, stem):
                 if target.exists():
-                    raise UserError(f"{target}: was not made by preprocessing; move it away, or use another --output_dir")
+                    raise UserError(
+                        f"{target}: was not made by preprocessing; move it away, or use another --output_dir"
+                    )
     write_json(staging / "moving.json", plan)  # from here on, an interrupted move is finished by the next run
     finish_moving(out)
 
@@ -330,7 +334,7 @@ def finish_moving(out: Path) -> None:
 
 
 def write_stats(out: Path, split: str, layout: Layout, recipe: Recipe, records: list[Record]) -> dict:
-    """Write stats_<split>.json into staging and return it: settings, pixels per class, edge cases, files, what was left out."""
+    """Write stats_<split>.json into staging and return it: settings, pixels per class, edge cases, files."""
     class_set = CLASS_SETS[recipe.class_set]
     good = [record for record in records if not record.error]
     stats = {"format": FORMAT, "split": split, **asdict(recipe), "val_is_halved": layout.val_is_halved}
