@@ -3,12 +3,10 @@
 python preprocessing/image_segmentation_preprocessing.py --data_dir RAW --output_dir PROCESSED
 """
 
-import signal
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from unetseg.__main__ import main
 

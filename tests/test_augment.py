@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from unetseg import augment
-from unetseg.augment import COLUMNS, basic, epoch_draws, occlude, warp
+from unetseg.augment import AUGMENTATIONS, Source, basic, epoch_draws, occlude, warp
 
 N, H, W = 6, 24, 32
 
@@ -14,11 +14,11 @@ def coordinates():
     return images, (ys // 4 * (W // 4) + xs // 4).expand(N, H, W).clone()
 
 
-def rows(**columns):
-    table = torch.full((N, len(COLUMNS)), 0.5)
-    for name, value in columns.items():
-        table[:, COLUMNS.index(name)] = torch.as_tensor(value, dtype=torch.float32)
-    return table
+def draws(name, seed=0, epoch=1, **fixed):
+    """An epoch's draws of an augmentation, of which some are fixed; seed None: all the others are 1/2."""
+    table = torch.full((N, 20), 0.5) if seed is None else epoch_draws(name, N, seed, epoch)
+    found = dict(zip(AUGMENTATIONS[name].draws, table.unbind(1)))
+    return found | {key: torch.full((N,), float(value)) for key, value in fixed.items()}
 
 
 @pytest.fixture
@@ -29,25 +29,20 @@ def scene():
 
 def test_image_and_mask_stay_aligned_to_the_pixel():
     images, masks = coordinates()
-    _, table = epoch_draws(N, 3, 1)
-    for name in ("brightness", "contrast", "saturation"):
-        table[:, COLUMNS.index(name)] = 0.5
-    moved, moved_masks = basic(images, masks, table)
+    moved, moved_masks = basic(images, masks, draws("basic", 3, brightness=0.5, contrast=0.5, saturation=0.5))
     xs, ys = moved[:, 0] * W - 0.5, moved[:, 1] * H - 0.5  # where each pixel came from
     seen = moved_masks != 255
     blocks = (ys.round() // 4 * (W // 4) + xs.round() // 4).long()
-    on_edge = ((xs % 1 - 0.5).abs() < 1e-3) | (
-        (ys % 1 - 0.5).abs() < 1e-3
-    )  # exactly between two pixels: either is right
+    on_edge = ((xs % 1 - 0.5).abs() < 1e-3) | ((ys % 1 - 0.5).abs() < 1e-3)  # between two pixels: either is right
     assert ((blocks == moved_masks) | on_edge)[seen].all()
     assert seen.float().mean() > 0.5 and (on_edge & seen).float().mean() < 0.2
 
 
 def test_zooming_out_brings_in_void_and_only_there():
     images, masks = coordinates()
-    _, out = basic(images, masks, rows(flip=0.9, zoom=0.0))  # zoom 0.6, centred
+    _, out = basic(images, masks, draws("basic", None, flip=0.9, zoom=0.0))  # zoom 0.6, centred
     assert (out == 255).float().mean().item() == pytest.approx(1 - 0.6**2, abs=0.05)
-    _, out = basic(images, masks, rows(flip=0.9, zoom=1.0))
+    _, out = basic(images, masks, draws("basic", None, flip=0.9, zoom=1.0))
     assert not (out == 255).any()
 
 
@@ -63,19 +58,24 @@ def test_flipping_twice_changes_nothing(scene):
 def test_void_stays_void(scene):
     images, masks = scene
     masks[:, :3] = 255
-    _, out = basic(images, masks, rows(flip=0.9))
+    _, out = basic(images, masks, draws("basic", None, flip=0.9))
     assert (out[:, :3] == 255).all() and (out[:, 3:] != 255).all()
 
 
-def occlude_all(images, masks, table, aimed=0.0, policy="keep"):
-    boxes = torch.tensor([[[4.0, 6.0, 12.0, 18.0]]]).expand(N, 1, 4)
-    return occlude(images, masks, table, boxes, torch.ones(N, dtype=torch.long), images.flip(0), 1.0, aimed, policy)
+BOX = [4.0, 6.0, 12.0, 18.0]
+
+
+def occlude_all(images, masks, found, aimed=0.0, occluded="keep", of=slice(None)):
+    boxes, donors = torch.tensor([[BOX]]).expand(N, 1, 4), images.flip(0)
+    source = Source(boxes[of], torch.ones(N, dtype=torch.long)[of], lambda draw: donors[of])
+    return occlude(images[of], masks[of], {k: v[of] for k, v in found.items()}, source, 1.0, aimed, occluded)
 
 
 @pytest.mark.parametrize("kind", range(4), ids=augment.TEXTURES)
 def test_an_occluder_is_one_rectangle_and_the_mask_keeps_its_classes(scene, kind):
     images, masks = scene
-    out, out_masks = occlude_all(images, masks, rows(x=0.3, y=0.7, texture=(kind + 0.5) / 4, red=0.123))
+    found = draws("occlude", None, x=0.3, y=0.7, texture=(kind + 0.5) / 4, red=0.123)
+    out, out_masks = occlude_all(images, masks, found)
     changed = (out != images).any(dim=1)
     assert (out_masks == masks).all() and out.min() >= 0 and out.max() <= 1
     for image in changed:
@@ -87,9 +87,7 @@ def test_an_occluder_is_one_rectangle_and_the_mask_keeps_its_classes(scene, kind
 
 def test_aimed_occluders_lie_on_the_instance(scene):
     images, masks = scene
-    _, table = epoch_draws(N, 0, 1)
-    table[:, COLUMNS.index("aim")] = 0.0
-    out, out_masks = occlude_all(images, masks, table, aimed=1.0, policy="void")
+    out, out_masks = occlude_all(images, masks, draws("occlude", aim=0.0), aimed=1.0, occluded="void")
     covered = out_masks == 255
     assert covered.flatten(1).any(dim=1).all()
     covered[:, 6:18, 4:12] = False
@@ -100,42 +98,37 @@ def test_aimed_occluders_lie_on_the_instance(scene):
 def test_inputs_are_never_modified(scene):
     images, masks = scene
     before = images.clone(), masks.clone()
-    _, table = epoch_draws(N, 0, 1)
-    occlude_all(images, masks, table, policy="void")
-    basic(images, masks, table)
+    occlude_all(images, masks, draws("occlude"), occluded="void")
+    basic(images, masks, draws("basic"))
     assert (images == before[0]).all() and (masks == before[1]).all()
 
 
 def test_a_sample_looks_the_same_in_any_batch(scene):
     images, masks = scene
-    _, table = epoch_draws(N, 7, 2)
-    whole = basic(*occlude_all(images, masks, table), table)
-    boxes, one = torch.tensor([[[4.0, 6.0, 12.0, 18.0]]]), torch.ones(1, dtype=torch.long)
+    occluder, change = draws("occlude", 7, 2), draws("basic", 7, 2)
+    whole = basic(*occlude_all(images, masks, occluder), change)
     for i in (0, 3, 5):
-        pick = slice(i, i + 1)
-        alone = occlude(images[pick], masks[pick], table[pick], boxes, one, images.flip(0)[pick], 1.0, 0.0)
-        alone = basic(*alone, table[pick])
-        assert torch.allclose(alone[0], whole[0][pick], atol=1e-6) and (alone[1] == whole[1][pick]).all()
+        of = slice(i, i + 1)
+        alone = basic(*occlude_all(images, masks, occluder, of=of), {k: v[of] for k, v in change.items()})
+        assert torch.allclose(alone[0], whole[0][of], atol=1e-6) and (alone[1] == whole[1][of]).all()
 
 
-def test_draws_depend_on_seed_and_epoch_alone():
-    (order, table), (same_order, same_table) = epoch_draws(20, 1, 3), epoch_draws(20, 1, 3)
-    assert (order == same_order).all() and (table == same_table).all()
-    assert sorted(order.tolist()) == list(range(20))
-    for other in (epoch_draws(20, 1, 4), epoch_draws(20, 2, 3)):
-        assert not (table == other[1]).any(dim=0).any()
+def test_draws_depend_on_augmentation_seed_and_epoch_alone():
+    table = epoch_draws("basic", 20, 1, 3)
+    assert (table == epoch_draws("basic", 20, 1, 3)).all()
+    for other in (epoch_draws("basic", 20, 1, 4), epoch_draws("basic", 20, 2, 3), epoch_draws("occlude", 20, 1, 3)):
+        assert not (table == other[:, : table.shape[1]]).any(dim=0).any()
 
 
 def test_recolouring_is_brightness_then_contrast_then_saturation():
-    rows = torch.rand(5, len(augment.COLUMNS), generator=torch.Generator().manual_seed(1))
-    images = torch.rand(5, 3, 8, 6, generator=torch.Generator().manual_seed(2))
+    found = draws("basic", 1)
+    images = torch.rand(N, 3, 8, 6, generator=torch.Generator().manual_seed(2))
     brightness, contrast, saturation = (
-        (0.7 + 0.6 * rows[:, augment.COLUMNS.index(name)])[:, None, None, None]
-        for name in ("brightness", "contrast", "saturation")
+        (0.7 + 0.6 * found[name])[:, None, None, None] for name in ("brightness", "contrast", "saturation")
     )
     expected = images * brightness
     mean = expected.mean(dim=(1, 2, 3), keepdim=True)
     expected = mean + (expected - mean) * contrast
     grey = expected.mean(dim=1, keepdim=True)
     expected = (grey + (expected - grey) * saturation).clamp(0, 1)
-    assert torch.allclose(augment.recolour(images, rows), expected, atol=1e-6)
+    assert torch.allclose(augment.recolour(images, found), expected, atol=1e-6)

@@ -3,9 +3,13 @@ import pytest
 import torch
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
 
-from unetseg.metrics import confusion_matrix, scores
+from unetseg.metrics import confusion_matrices, scores
 
 AB = ("a", "b")
+
+
+def confusion_matrix(pred, mask, num_classes):
+    return confusion_matrices(pred[None], mask[None], num_classes)[0]
 
 
 def ious(pred, mask, names=AB, void="ignore"):
@@ -60,10 +64,12 @@ def test_precision_recall_f1():
     assert scores(confusion, AB, "ignore")["accuracy"] == 9 / 12
 
 
-def test_counts_add_up_whatever_the_batches():
+def test_each_image_has_a_matrix_of_its_own():
     generator = torch.Generator().manual_seed(1)
     pred, mask = (torch.randint(0, 3, (7, 9, 9), generator=generator) for _ in range(2))
-    whole = confusion_matrix(pred, mask, 3)
-    for size in (1, 2, 5):
-        parts = [confusion_matrix(p, m, 3) for p, m in zip(pred.split(size), mask.split(size))]
-        assert (sum(parts) == whole).all()
+    mask[2, :3] = 255
+    each = confusion_matrices(pred, mask, 3)
+    assert each.shape == (7, 4, 3) and each.dtype == torch.int64 and each[2, 3].sum() == 27
+    for image, one in enumerate(each):
+        assert (one == confusion_matrix(pred[image], mask[image], 3)).all()
+    assert (each.sum(dim=0) == confusion_matrix(pred, mask, 3)).all()

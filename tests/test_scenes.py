@@ -1,7 +1,7 @@
 import numpy as np
 
 from unetseg.classes import CLASS_SETS
-from unetseg.scenes import draw_dataset, draw_scene
+from unetseg.tools.scenes import draw_dataset, draw_scene
 
 # Full-resolution pixels of the 2975 training images of Cityscapes, void counted as background.
 CITYSCAPES = {

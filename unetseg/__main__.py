@@ -1,13 +1,16 @@
 """python -m unetseg preprocess | scenes | train | resume | evaluate | predict | doctor"""
 
+import os
 import signal
-import sys
 
-if __name__ == "__main__":  # before the imports, which take a while
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+if __name__ == "__main__":  # an exception in the middle of torch's imports would be taken for an error of theirs
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: os._exit(128 + number))
 
 import argparse
-import os
+import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -43,6 +46,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def listen() -> None:
+    """From here on, when everything is imported, signals are exceptions."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, terminate)):
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def terminate(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
 def say(text: str) -> None:
     """Print a line; work goes on when nobody reads stdout any more."""
     try:
@@ -54,6 +68,7 @@ def say(text: str) -> None:
 def train(args: argparse.Namespace) -> int:
     from . import checkpoint, run
 
+    listen()
     given = {name: getattr(args, name) for name in KNOBS if getattr(args, name, None) is not None}
     if args.command == "resume":
         given = complete(checkpoint.read_config(args.run)["settings"]) | {"out": args.run}
@@ -64,6 +79,7 @@ def train(args: argparse.Namespace) -> int:
 def scenes(args: argparse.Namespace) -> int:
     from .tools.scenes import draw_dataset
 
+    listen()
     draw_dataset(args.out, {"train": args.train, "val": args.val}, args.size, args.seed)
     return 0
 
@@ -71,6 +87,7 @@ def scenes(args: argparse.Namespace) -> int:
 def evaluate(args: argparse.Namespace) -> int:
     from .inference import evaluate_run, results_table
 
+    listen()
     say(results_table(evaluate_run(args.run, args.data, args.split)))
     return 0
 
@@ -78,6 +95,7 @@ def evaluate(args: argparse.Namespace) -> int:
 def predict(args: argparse.Namespace) -> int:
     from .inference import predict_files
 
+    listen()
     written, problems = predict_files(args.weights, args.images, args.out, args.precision)
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
@@ -88,6 +106,7 @@ def predict(args: argparse.Namespace) -> int:
 def doctor(args: argparse.Namespace) -> int:
     from .tools.doctor import examine
 
+    listen()
     return examine(args.data)
 
 
@@ -110,6 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         if argv[:1] == ["preprocess"]:
             from .tools import preprocess
 
+            listen()
             return preprocess.main(argv[1:])
         args = build_parser().parse_args(argv)
         return COMMANDS[args.command](args)
@@ -127,6 +147,8 @@ if __name__ == "__main__":
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         getattr(sys, name).reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     status = main()
-    from .distributed import leave
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from .distributed import leave
 
-    leave(status)
+        leave(status)
+    sys.exit(status)

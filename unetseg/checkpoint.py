@@ -72,7 +72,7 @@ def read_about(run_or_weights: Path) -> dict:
         if about["format"] == 1:
             about |= {key: int(about[key]) for key in ("channels", "depth", "width", "height", "seed", "epoch")}
             about |= {"classes": list(CLASS_SETS[about["class_set"]].names), "val_miou": float(about["val_miou"])}
-        about = {name: value for name, value in complete(about).items() if name not in FREE} | about
+        about = complete(about) | about
         check(Settings(**{name: about[name] for name in INHERITED}))
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {str(error)[:300]}"
@@ -124,7 +124,7 @@ def load_state(run: Path, config: dict) -> dict | None:
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:100]}"
         advice = "start another run from its weights with --init, or delete the file to start anew"
         raise UserError(f"{path}: expected a training state of this version, found {reason}; {advice}") from None
-    if changed := differences(state["identity"], identity(config)):
+    if changed := differences(complete(state["identity"]) | state["identity"], identity(config)):
         raise UserError("\n".join([f"{path}: this state is from another run than {CONFIG}:", *changed]))
     return state
 

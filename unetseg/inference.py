@@ -21,6 +21,7 @@ from .processed import NoSplit, Split, find_split, scored_split
 from .train import evaluate, forward
 
 MOST_PIXELS = 8 * 1024 * 512  # that are scored at once
+MOST_SIDE = 1_000_000  # pixels, as PNG files may have
 OUTPUT = ("ids", "colour", "overlay")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -201,6 +202,8 @@ def predict_files(
         for path in tqdm(paths, unit="img", delay=1):
             try:
                 image = read_photo(path)
+                if max(image.shape) > MOST_SIDE:
+                    raise BadFile(f"{path}: expected sides of at most {MOST_SIDE} pixels, found {max(image.shape)}")
                 pred = predict(model, image, size, precision)
             except (BadFile, MemoryError, cv2.error) as error:
                 problems.append(str(error) if isinstance(error, BadFile) else f"{path}: cannot be resized ({error})")

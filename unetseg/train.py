@@ -51,7 +51,8 @@ class Stopper:
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            self.handlers = {n: signal.signal(n, self.restore) for n in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+            self.handlers = {number: signal.signal(number, self.restore) for number in numbers}
 
     def restore(self, number: int = 0, frame: object = None) -> None:
         """Give signals back their handlers: at the end of the block, or as the handler of the first one."""
@@ -105,24 +106,30 @@ class State:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": saved["moments"]})
             self.scaler.load_state_dict(saved["scaler"])
+            self.write_results()  # a kill, or a user, may have left others
 
     @property
     def epoch(self) -> int:
         return len(self.history) + 1
 
     def save(self) -> None:
-        """Write the state, then the best weights and the history, which follow from it."""
+        """Write the state, then what follows from it. Of several processes, the first does."""
         start = time.monotonic()
         if distributed.rank() == 0:
             state = {key: getattr(self, key) for key in ("history", "step", "seconds", "best", "sums")}
             state |= {"model": self.model.state_dict(), "moments": self.optimizer.state_dict()["state"]}
             checkpoint.save_state(self.run, state | {"scaler": self.scaler.state_dict()}, self.config)
-            if self.best and self.best["epoch"] != self.written:
-                checkpoint.save_weights(self.run, self.best, self.config)
-                self.written = self.best["epoch"]
-            checkpoint.write_history(self.run, self.history)
+        self.write_results()
         self.saved = time.monotonic()
         self.cost = self.saved - start
+
+    def write_results(self) -> None:
+        """Write the best weights and the history, which follow from the state."""
+        if distributed.rank() == 0 and self.best and self.best["epoch"] != self.written:
+            checkpoint.save_weights(self.run, self.best, self.config)
+            self.written = self.best["epoch"]
+        if distributed.rank() == 0:
+            checkpoint.write_history(self.run, self.history)
 
     def watch(self, batches: Iterable) -> Iterator:
         """The same batches; between two of them, save when that is due, and stop by raising Pause."""

@@ -1,0 +1,488 @@
+"""The commands, as a user gives them, and run folders spoiled as users do it: what a folder says stays true."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT, command, process, same, without_timings
+from PIL import Image
+
+from unetseg import checkpoint, inference, run
+from unetseg.data import load_split
+from unetseg.files import UserError, read_json, write_json
+from unetseg.losses import cross_entropy
+from unetseg.model import MODELS, UNet
+from unetseg.settings import PRESETS, Settings
+from unetseg.train import Stopper
+
+TINY = ["--channels", 4, "--depth", 2, "--epochs", 2, "--batch-size", 4, "--precision", "fp32"]
+
+
+@pytest.fixture(scope="module")
+def made(processed, tmp_path_factory):
+    """All three stages, trained for two epochs."""
+    home = tmp_path_factory.mktemp("home")
+    assert command("train", "scratch", "--data", processed, "--out", home / "scratch", *TINY) == 0
+    for stage in ("weighted_ce", "ce_dice"):
+        options = ["--init", home / "scratch", "--epochs", 2, "--precision", "fp32"]
+        assert command("train", stage, "--data", processed, "--out", home / stage, *options) == 0
+    return home
+
+
+@pytest.fixture
+def home(made, tmp_path):
+    """A copy of them that may be spoiled."""
+    return shutil.copytree(made, tmp_path / "home")
+
+
+def train(home, processed, *more, stage="scratch", out=None):
+    return command("train", stage, "--data", processed, "--out", out or home / stage, *TINY, *more)
+
+
+def config(run_folder):
+    return read_json(run_folder / "config.json")
+
+
+def edit(run_folder, **changes):
+    write_json(run_folder / "config.json", config(run_folder) | changes)
+
+
+# ---- the commands
+
+
+def test_each_run_folder_is_complete_and_says_what_it_is(made):
+    for stage in PRESETS:
+        names = {path.name for path in (made / stage).iterdir()}
+        assert names >= {"model.safetensors", "config.json", "history.csv", "state.pt", "wandb"}
+        about = checkpoint.read_about(made / stage)
+        facts = {"stage": stage, "class_set": "cityscapes7", "void": "ignore", "channels": 4, "width": 64, "height": 32}
+        assert facts.items() <= about.items()
+        parent = checkpoint.weights_sha256(made / "scratch") if stage != "scratch" else None
+        assert config(made / stage)["init_sha256"] == parent
+        assert config(made / stage)["settings"]["loss"] == PRESETS[stage]["loss"]
+
+
+def test_evaluate_scores_both_rules_and_writes_them(made, processed, capsys):
+    assert command("evaluate", made / "scratch", "--data", processed) == 0
+    said = capsys.readouterr().out
+    assert (
+        "void=ignore (trained under this rule): mIoU" in said and "void=background:" in said and "(test), 64x32" in said
+    )
+    results = inference.read_results(made / "scratch")
+    assert results["num_images"] == 2 and np.sum(results["confusion"]) == 2 * 64 * 32
+    assert set(results["rules"]) == {"ignore", "background"} and results["remarks"] == []
+
+
+def test_the_same_command_again_changes_nothing(home, processed):
+    before = {path.name: path.read_bytes() for path in (home / "scratch").iterdir() if path.is_file()}
+    assert train(home, processed) == 0
+    assert {name: (home / "scratch" / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize("options, message", [
+    (["weighted_ce", "--init", "SCRATCH", "--dice-share", "2"], "dice_share: expected a number from 0 to 1; found 2.0"),
+    (["ce_dice", "--init", "nowhere"], "expected trained weights, found nothing"),
+    (["scratch", "--void", "background", "--data", "nowhere"], "Run preprocessing first"),
+    (["ce_dice", "--init", "SCRATCH", "--channels", "8"], "channels: expected 4, as in"),
+    (["scratch", "--max-minutes", "nan"], "max_minutes: expected a number"),
+    (["weighted_ce"], "name the run or weights it starts from"),
+    (["scratch", "--aim-at", "dragon"], "found dragon"),
+    (["scratch", "--depth", "6", "--channels", "2", "--batch-size", "5"], "batch_size: 1 image(s) of 64x32: Expected more than 1 value"),
+])  # fmt: skip
+def test_wrong_settings_say_what_was_expected(options, message, made, processed, tmp_path, capsys):
+    stage, *rest = [str(made / "scratch") if option == "SCRATCH" else option for option in options]
+    assert command("train", stage, "--data", processed, "--out", tmp_path / "run", *rest) in (1, 2)
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+    assert not (tmp_path / "run" / "state.pt").exists()
+
+
+def test_a_typo_in_a_first_start_does_not_spoil_the_folder(processed, tmp_path, capsys):
+    assert train(tmp_path, processed, "--aim-at", "dragon") == 2
+    assert train(tmp_path, processed) == 0
+    assert len(checkpoint.read_history(tmp_path / "scratch")) == 2
+
+
+def test_a_fine_tuning_inherits_width_depth_and_void_rule(processed, tmp_path):
+    assert train(tmp_path, processed, "--void", "background") == 0
+    settings = run.resolve(Settings("ce_dice", str(processed), "out", init=tmp_path / "scratch"))
+    assert (settings.channels, settings.depth, settings.void, settings.lr) == (4, 2, "background", 1e-3)
+    assert run.resolve(Settings()).channels == 32
+
+
+def test_a_recipe_is_loss_x_augmentation_x_starting_point(made, processed, tmp_path):
+    recipes = {
+        "Dice from random weights": ["--loss", "ce_dice", "--weighting", "sqrt"],
+        "occlusion alone": ["--occlusion", "0.5", "--aim-at", "vehicle"],
+        "control": ["--init", made / "scratch", "--lr", "1e-3"],
+        "no augmentation": ["--augment"],
+    }
+    for name, options in recipes.items():
+        assert train(tmp_path, processed, *options, out=tmp_path / name) == 0
+    losses = {name: checkpoint.read_history(tmp_path / name)[0]["train_loss"] for name in recipes}
+    assert len(set(losses.values())) == len(recipes)
+
+
+def test_a_stopped_fine_tuning_ends_as_the_uninterrupted_one(made, processed, tmp_path, monkeypatch):
+    looks = []
+
+    def reason(stopper, reserve):
+        looks.append(0)
+        return "time limit reached" if len(looks) % 3 == 0 else ""
+
+    tune = ["--init", made / "scratch", "--epochs", "3", "--batch-size", "2", "--precision", "bf16", "--occlusion", "1"]
+    tune = ["train", "ce_dice", "--data", processed, *tune]
+    assert command(*tune, "--out", tmp_path / "whole") == 0
+    monkeypatch.setattr(Stopper, "reason", reason)
+    sessions = 0
+    while len(checkpoint.read_history(tmp_path / "parts")) < 3:
+        assert command(*tune, "--out", tmp_path / "parts", "--max-minutes", 10 + sessions) == 0
+        sessions += 1
+    whole, parts = (checkpoint.load_state(tmp_path / n, config(tmp_path / n)) for n in ("whole", "parts"))
+    assert sessions > 4 and same(whole["model"], parts["model"]) and same(whole["moments"], parts["moments"])
+
+
+def test_train_works_from_a_plain_script_without_a_guard(processed, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(f"""
+        from unetseg.run import train
+        from unetseg.settings import Settings
+        rows = []
+        settings = Settings("scratch", {str(processed)!r}, {str(tmp_path / "run")!r}, epochs=2, channels=4, depth=2, num_processes=2)
+        history = train(settings, log=rows.append)
+        assert [row["epoch"] for row in rows] == [1.0, 2.0] and rows == history, rows
+    """))  # fmt: skip
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "run" / "wandb").exists()  # the script has its own log
+
+
+class Foreign(torch.nn.Module):
+    """A network that is not ours: two convolutions and a batch normalisation."""
+
+    def __init__(self, num_classes, channels):
+        super().__init__()
+        self.first, self.norm = torch.nn.Conv2d(3, channels, 3, padding=1), torch.nn.BatchNorm2d(channels)
+        self.last = torch.nn.Conv2d(channels, num_classes, 1)
+
+    def forward(self, image):
+        return self.last(self.norm(self.first(image)).relu())
+
+
+def smp_unet(num_classes):
+    import segmentation_models_pytorch as smp
+
+    return smp.Unet("resnet18", encoder_weights=None, classes=num_classes)
+
+
+@pytest.mark.parametrize("make", [Foreign, smp_unet])
+def test_a_foreign_network_trains_resumes_is_scored_and_predicts(make, processed, tmp_path, monkeypatch):
+    """One line in model.py does it."""
+    monkeypatch.setitem(MODELS, "foreign", make)
+    settings = Settings("scratch", processed, tmp_path / "run", model="foreign", channels=5, epochs=2, batch_size=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(Stopper, "reason", lambda self, reserve: "test")
+        run.train(settings, log=print)
+    history = run.train(settings, log=print)
+    whole = run.train(Settings(**vars(settings) | {"out": str(tmp_path / "whole")}), log=print)
+    assert without_timings(history) == without_timings(whole)
+    assert inference.evaluate_run(tmp_path / "run", processed)["num_images"] == 2
+    Image.new("RGB", (70, 50)).save(tmp_path / "a.png")
+    assert inference.predict_files(tmp_path / "run", [tmp_path / "a.png"], tmp_path / "out") == (1, [])
+    tuned = Settings("ce_dice", processed, tmp_path / "tuned", init=tmp_path / "run", epochs=1, batch_size=4)
+    assert run.resolve(tuned).model == "foreign" and len(run.train(tuned, log=print)) == 1
+
+
+# ---- what a run folder says is true
+
+
+def test_a_folder_of_other_settings_is_refused_with_the_difference(home, processed, capsys):
+    assert train(home, processed, "--lr", "0.5") == 1
+    said = capsys.readouterr().err
+    assert re.search(r"belongs to a run with other settings; use another --out.*\n.*lr: 0.003 there, 0.5 here", said)
+
+
+def test_more_epochs_for_a_finished_run_are_a_second_cycle(home, processed, capsys):
+    assert train(home, processed, "--epochs", "4") == 0
+    rows = checkpoint.read_history(home / "scratch")
+    assert [row["cycle"] for row in rows] == [1, 1, 2, 2] and config(home / "scratch")["cycles"] == [2, 4]
+    assert [rows[2]["lr"], rows[3]["lr"]] == pytest.approx([rows[0]["lr"], rows[1]["lr"]])
+    assert checkpoint.read_about(home / "scratch")["epoch"] in (1, 2, 3, 4)
+    assert train(home, processed, "--epochs", "2") == 1
+    assert "epochs: 4 there, 2 here (a finished run can be given more)" in capsys.readouterr().err
+
+
+def test_more_epochs_resume_as_if_never_interrupted(home, processed, monkeypatch):
+    shutil.copytree(home / "scratch", home / "whole")
+    assert train(home, processed, "--epochs", "4", out=home / "whole") == 0
+    with monkeypatch.context() as patch:
+        looks = []
+        patch.setattr(Stopper, "reason", lambda self, reserve: looks.append(0) or "test" * (len(looks) == 4))
+        assert train(home, processed, "--epochs", "4") == 0
+    assert len(checkpoint.read_history(home / "scratch")) == 3
+    assert train(home, processed, "--epochs", "4") == 0
+    weights = [(home / name / "model.safetensors").read_bytes() for name in ("scratch", "whole")]
+    assert weights[0] == weights[1]
+
+
+def test_an_unfinished_run_cannot_be_given_more_epochs(processed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Stopper, "reason", lambda self, reserve: "test")
+    assert train(tmp_path, processed) == 0
+    assert train(tmp_path, processed, "--epochs", "9") == 1
+    assert "epochs: 2 there, 9 here" in capsys.readouterr().err
+
+
+def test_the_same_pixels_in_another_dtype_and_place_are_the_same_data(home, raw, processed, tmp_path):
+    assert process(raw, tmp_path / "uint8", "--size", "64x32", "--dtype", "uint8") == 0
+    assert train(home, tmp_path / "uint8", "--epochs", "3") == 0
+
+
+def test_other_data_or_initial_weights_are_refused(home, raw, processed, tmp_path, capsys):
+    assert process(raw, tmp_path / "small", "--size", "32") == 0
+    assert train(home, tmp_path / "small") == 1
+    assert "train_sha256: " in capsys.readouterr().err
+    tune = ["--init", home / "weighted_ce", "--epochs", "2", "--precision", "fp32"]
+    assert command("train", "ce_dice", "--data", processed, "--out", home / "ce_dice", *tune) == 1
+    assert "init_sha256: " in capsys.readouterr().err
+
+
+def test_a_starting_run_that_trains_on_is_said(home, processed, capsys):
+    assert train(home, processed, "--epochs", "6", "--lr", "0.003") == 0
+    edit(home / "ce_dice", settings=config(home / "ce_dice")["settings"] | {"init": str(home / "scratch")})
+    tune = ["--init", home / "scratch", "--epochs", "3", "--precision", "fp32"]
+    assert command("train", "ce_dice", "--data", processed, "--out", home / "ce_dice", *tune) == 0
+    said = capsys.readouterr().err
+    best = checkpoint.read_about(home / "scratch")["epoch"]
+    assert best <= 2 or "has other weights than when this run began; it goes on from its own" in said
+
+
+def test_an_unfinished_start_and_another_void_rule_are_said(home, processed, capsys):
+    edit(home / "scratch", cycles=[2, 9])
+    tune = ["--init", home / "scratch", "--epochs", "1", "--void", "background"]
+    assert command("train", "ce_dice", "--data", processed, "--out", home / "new", *tune) == 0
+    said = capsys.readouterr().err
+    assert "has 2 of 9 epochs; its best weights so far are used" in said
+    assert 'was trained with void="ignore", this run uses "background"' in said
+
+
+@pytest.mark.parametrize("other", ["weighted_ce", "another seed"])
+def test_weights_of_another_run_are_not_scored_as_this_ones(home, processed, tmp_path, capsys, other):
+    if other == "another seed":
+        assert train(home, processed, "--seed", "1", out=home / other) == 0
+    shutil.copy(home / other / "model.safetensors", home / "scratch")
+    assert command("evaluate", home / "scratch", "--data", processed) == 1
+    said = capsys.readouterr().err
+    assert "model.safetensors: these weights are from another run than config.json" in said
+    assert "seed: 1 there, 0 here" in said or "stage: 'weighted_ce' there, 'scratch' here" in said
+
+
+def test_scores_of_weights_since_changed_are_refused(home, processed, capsys):
+    assert command("evaluate", home / "scratch", "--data", processed) == 0
+    weights = home / "scratch" / "model.safetensors"
+    with safetensors.safe_open(weights, "pt") as file:
+        metadata = file.metadata()
+    tensors = safetensors.torch.load_file(weights)
+    tensors["head.bias"] += 1
+    safetensors.torch.save_file(tensors, weights, metadata)
+    with pytest.raises(UserError, match="these are scores of other weights than .* holds; run `evaluate` again"):
+        inference.read_results(home / "scratch")
+
+
+def test_runs_scored_on_different_images_are_not_compared(home, processed):
+    (home / "scratch" / "results_test.json").unlink(missing_ok=True)
+    inference.evaluate_run(home / "scratch", processed, "val")
+    inference.evaluate_run(home / "ce_dice", processed, "test")
+    with pytest.raises(UserError, match="expected runs with the same split, found scratch: val, ce_dice: test"):
+        inference.comparison_table([home / "scratch", home / "ce_dice"])
+    (home / "scratch" / "results_val.json").unlink()
+    inference.evaluate_run(home / "scratch", processed, "test")
+    assert "(+0.0)" in inference.comparison_table([home / "scratch", home / "scratch"])
+
+
+def test_val_that_has_grown_puts_no_seen_image_into_test_in_silence(home, raw, processed, tmp_path):
+    shutil.copytree(raw, tmp_path / "raw")
+    for number, path in enumerate(sorted((tmp_path / "raw").rglob("*/val/*/*.png"))[:8]):
+        path.with_name(path.name.replace("000003", "000009")).write_bytes(
+            path.read_bytes() if number else path.read_bytes()
+        )
+    assert process(tmp_path / "raw", tmp_path / "grown", "--size", "64x32") == 0
+    results = inference.evaluate_run(home / "scratch", tmp_path / "grown")
+    assert any("were in the run's train or val split: they are not unseen" in remark for remark in results["remarks"])
+    assert any("does not hold the data that the run was trained on" in remark for remark in results["remarks"])
+    assert "not unseen" in inference.results_table(results)
+
+
+def test_a_run_on_changed_code_names_every_commit(home, processed, monkeypatch):
+    monkeypatch.setattr(run, "commit", lambda: "abc-dirty")
+    assert train(home, processed, "--epochs", "3") == 0
+    results = inference.evaluate_run(home / "scratch", processed)
+    assert len(results["commit"].split(" / ")) == 2 and results["commit"].endswith("abc-dirty")
+
+
+def test_the_commit_is_that_of_this_code_whatever_git_is_told(tmp_path, monkeypatch):
+    here = run.commit()
+    subprocess.run(["git", "init", "-q", tmp_path / "other"], check=True)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "other" / ".git"))
+    assert run.commit() == here
+    site = tmp_path / "other" / "venv" / "unetseg"  # installed inside somebody else's repository
+    site.mkdir(parents=True)
+    (site / "run.py").touch()
+    monkeypatch.setattr(run, "__file__", str(site / "run.py"))
+    assert run.commit() == "unknown"
+
+
+def test_a_new_setting_or_column_strands_no_older_run(home, processed, monkeypatch):
+    stored = config(home / "scratch")
+    edit(home / "scratch", settings={key: value for key, value in stored["settings"].items() if key != "memory_format"})
+    state = torch.load(home / "scratch" / "state.pt", weights_only=True)
+    state["history"] = [{key: row[key] for key in row if key != "val_accuracy"} for row in state["history"]]
+    del state["identity"]["memory_format"]
+    torch.save(state, home / "scratch" / "state.pt")
+    assert train(home, processed, "--epochs", "3") == 0
+    rows = checkpoint.read_history(home / "scratch")
+    assert rows[0]["val_accuracy"] is None and rows[2]["val_accuracy"] > 0
+
+
+def test_a_state_that_is_gone_and_a_folder_without_config_are_told(home, processed, capsys):
+    (home / "scratch" / "state.pt").unlink()
+    assert train(home, processed) == 0  # it was finished
+    edit(home / "scratch", cycles=[2, 9])
+    assert train(home, processed, "--epochs", "9") == 1
+    assert "state.pt is gone, so this run cannot resume; start another one with --init" in capsys.readouterr().err
+    (home / "scratch" / "config.json").unlink()
+    assert train(home, processed) == 1
+    assert "holds model.safetensors of an unknown run; use another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 2}', '{"format": 1}'])
+def test_a_spoiled_config_is_named(home, processed, capsys, text):
+    (home / "scratch" / "config.json").write_text(text)
+    assert train(home, processed) == 1 and command("evaluate", home / "scratch", "--data", processed) == 1
+    said = capsys.readouterr().err
+    assert str(home / "scratch") in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "history.csv", "config.json"])
+def test_truncated_files_are_named_or_written_again(home, processed, capsys, name):
+    path = home / "scratch" / name
+    path.write_bytes(path.read_bytes()[:30])
+    status = train(home, processed)
+    assert status == 0 or (status == 1 and name in capsys.readouterr().err)
+
+
+def test_train_and_val_processed_differently_are_refused(processed, raw, tmp_path, capsys):
+    shutil.copytree(processed, tmp_path / "data")
+    assert process(raw, tmp_path / "data", "--size", "32", "--splits", "train") == 0
+    assert train(tmp_path, tmp_path / "data") == 1
+    assert "train and val have different class sets or sizes" in capsys.readouterr().err
+
+
+def test_weights_of_the_first_format_predict_and_start_fine_tunings(processed, tmp_path, capsys):
+    """As the library wrote them before: one metadata text per fact."""
+    torch.manual_seed(0)
+    facts = {"stage": "scratch", "class_set": "cityscapes7", "channels": 4, "depth": 2, "width": 64, "height": 32}
+    facts |= {
+        "void": "ignore",
+        "seed": 0,
+        "precision": "fp32",
+        "parameters": 9,
+        "device": "cpu",
+        "torch": "2",
+        "commit": "c",
+    }
+    facts |= {"epoch": 2, "val_miou": "0.5", "sha256": "0"}
+    weights = {key: value.contiguous() for key, value in UNet(7, 4, 2).state_dict().items()}
+    old = tmp_path / "old"
+    old.mkdir()
+    safetensors.torch.save_file(weights, old / "model.safetensors", {key: str(value) for key, value in facts.items()})
+    (old / "config.json").write_text(json.dumps(facts | {"settings": {"epochs": 2}}))
+    (old / "state.pt").write_bytes(b"state")
+    Image.new("RGB", (70, 50)).save(tmp_path / "a.png")
+    assert command("predict", old, tmp_path / "a.png", "--out", tmp_path / "out") == 0
+    tune = ["--init", old, "--epochs", 1, "--batch-size", 4]
+    assert command("train", "ce_dice", "--data", processed, "--out", tmp_path / "new", *tune) == 0
+    assert train(tmp_path, processed, out=old) == 1
+    assert "is from another version of unetseg; its weights still predict" in capsys.readouterr().err
+
+
+def test_variables_left_by_a_launcher_change_nothing(processed, tmp_path):
+    left = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    tiny = ["--channels", "4", "--depth", "2", "--epochs", "1"]
+    parts = [sys.executable, "-m", "unetseg", "train", "scratch", "--data", processed, "--out", tmp_path / "run", *tiny]
+    done = subprocess.run(parts, env=os.environ | left, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0 and "best val mIoU" in done.stdout, done.stderr
+
+
+def test_a_finished_run_on_a_read_only_place_is_used_as_it_is(home, processed, monkeypatch, capsys):
+    def read_only(*args, **more):
+        raise UserError("run: Read-only file system")
+
+    for place in ("run.exclusive", "run.write_json", "inference.write_json"):
+        monkeypatch.setattr(f"unetseg.{place}", read_only)
+    assert train(home, processed) == 0
+    assert command("evaluate", home / "scratch", "--data", processed) == 0
+    assert "pixel" not in capsys.readouterr().err
+
+
+# ---- predict
+
+
+def test_predict_writes_ids_colours_and_overlays_at_the_inputs_size(made, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    (tmp_path / "in put" / "deep").mkdir(parents=True)
+    for name, size in (("a.png", (70, 90)), ("deep/straße.jpg", (33, 41))):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(tmp_path / "in put" / name)
+    (tmp_path / "in put" / "broken.png").write_bytes(b"no image")
+    for _ in range(2):  # the second time the output is there, too
+        assert command("predict", made / "scratch", tmp_path / "in put", "--out", tmp_path / "in put") == 1
+    said = capsys.readouterr()
+    assert (
+        "broken.png: expected a readable image" in said.err and "2 written to" in said.out and "1 left out" in said.out
+    )
+    for stem, size in (("a", (90, 70)), ("straße", (41, 33))):
+        ids = Image.open(tmp_path / "in put" / "ids" / f"{stem}.png")
+        assert ids.mode == "L" and ids.size == size and np.max(ids) < 7
+        for folder in ("colour", "overlay"):
+            picture = Image.open(tmp_path / "in put" / folder / f"{stem}.png")
+            assert picture.mode == "RGB" and picture.size == size
+
+
+def test_predict_reports_a_picture_that_cannot_be_resized_and_does_the_rest(made, tmp_path, capsys):
+    Image.new("RGB", (33_554_432, 1)).save(tmp_path / "wide.png")
+    Image.new("RGB", (90, 70)).save(tmp_path / "fine.png")
+    assert command("predict", made / "scratch" / "model.safetensors", tmp_path, "--out", tmp_path / "out") == 1
+    said = capsys.readouterr()
+    assert "wide.png: " in said.err and "Traceback" not in said.err and "1 written to" in said.out
+    assert command("predict", made / "scratch", tmp_path / "nowhere.png", "--out", tmp_path / "out") == 1
+    assert "nowhere.png: expected an image or a folder of images" in capsys.readouterr().err
+
+
+def test_predictions_are_the_argmax_of_the_upsampled_logits(made):
+    model, about = inference.best_model(made / "scratch")
+    image = np.random.default_rng(0).integers(0, 256, (128, 256, 3), dtype=np.uint8)
+    pred = inference.predict(model, image, (about["width"], about["height"]))
+    small = torch.from_numpy(inference.shrink(image, (64, 32))).permute(2, 0, 1)[None] / 255
+    with torch.inference_mode():
+        large = torch.nn.functional.interpolate(model(small), (128, 256), mode="bilinear", align_corners=False)
+    assert (pred == large.argmax(dim=1)[0].numpy()).mean() > 0.999
+
+
+def test_scenes_command(tmp_path):
+    assert command("scenes", tmp_path / "s", "--train", 1, "--val", 1, "--size", "128x64") == 0
+    assert Image.open(next((tmp_path / "s").glob("gtFine/train/drawn/*_labelIds.png"))).size == (128, 64)
+
+
+def test_matrices_per_image_add_up_to_the_results(made, processed):
+    results = inference.evaluate_run(made / "scratch", processed, "val_all")
+    model, _ = checkpoint.load_model(made / "scratch")
+    batches = inference.Batches(load_split(processed, "val_all"), 3, torch.device("cpu"))
+    each = inference.evaluate(model, batches.epoch(), 7, cross_entropy).confusions
+    assert each.sum(axis=0).tolist() == results["confusion"] and len(each) == 4
