@@ -1,4 +1,4 @@
-"""Two processes train as one does: the same samples, the same history, the same scores."""
+"""Several processes train as one does: the same samples, the same gradients, the same history, the same scores."""
 
 import os
 import shutil
@@ -12,45 +12,59 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import ROOT, command
 
-from unetseg import checkpoint, processes, stages
-from unetseg.__main__ import main
+from unetseg import checkpoint, distributed, run
 from unetseg.data import Batches, load_split
+from unetseg.files import read_json, write_json
+from unetseg.settings import Settings
+from unetseg.train import TrainingStopped
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--channels", "4", "--depth", "2", "--epochs", "2", "--batch-size", "4", "--precision", "fp32"]
 
 # The command with GroupNorm in BatchNorm's place, which does not depend on what else is in the batch.
 PLAIN = """
 import os, runpy, sys
 import torch
-from unetseg import engine, model
+from unetseg import model, train
 model.nn.BatchNorm2d = lambda channels: torch.nn.GroupNorm(1, channels)
-engine.SAVE_SECONDS = float(os.environ.get("SAVE_SECONDS", 180))
+train.SAVE_SECONDS = float(os.environ.get("SAVE_SECONDS", 180))
 sys.argv[0] = "unetseg"
 runpy.run_module("unetseg", run_name="__main__", alter_sys=True)
 """
+# Gradients of every loss, of one process and of three together (the third has no image), by hand-made batches.
+GRADIENTS = """
+import sys, torch
+from unetseg import distributed, losses
+from unetseg.model import UNet
+distributed.begin()
+for name, loss_fn in losses.LOSSES.items():
+    torch.manual_seed(0)
+    model = UNet(5, 4, 1)
+    for block in (*model.down, *model.merge):
+        block[1], block[4] = torch.nn.GroupNorm(1, block[1].num_features), torch.nn.GroupNorm(1, block[4].num_features)
+    model.double()
+    images, masks = torch.rand(2, 3, 8, 8).double(), torch.randint(0, 5, (2, 8, 8))
+    masks[0, :5] = 255
+    weights = torch.rand(5).double()
+    share, network = distributed.share(torch.arange(2)), distributed.wrap(model)
+    loss = loss_fn(network(images[share]), masks[share], weights, distributed.all_sum)
+    loss.backward()
+    torch.save([loss.detach(), *(weight.grad for weight in model.parameters())], f"{sys.argv[1]}.{name}")
+distributed.leave(0)
+"""
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    script = tmp_path_factory.mktemp("script") / "plain.py"
-    script.write_text(PLAIN)
-    return script
-
-
-def start(number, script, *arguments, **more):
-    """`train scratch` in so many processes; script None: the package's own command, through torchrun."""
+def torchrun(number, *arguments, **more):
+    """Start `number` processes, or one without torchrun."""
     several = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
-    what = ["-m", "unetseg"] if script is None else [script]
-    command = [*(several if number > 1 else [sys.executable]), *what, "train", "scratch", *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"} | more
+    environment = os.environ | {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"} | more
+    parts = [str(part) for part in (*(several if number > 1 else [sys.executable]), *arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([str(part) for part in command], env=environment, cwd=ROOT, **pipes)
+    return subprocess.Popen(parts, env=environment, cwd=ROOT, **pipes)
 
 
-def run(*arguments, **more):
-    process = start(*arguments, **more)
+def finish(process):
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
@@ -61,64 +75,84 @@ def history(folder):
 
 
 def confusion(folder):
-    return checkpoint.load_state(folder)["position"]["confusion"]
+    return checkpoint.load_state(folder, checkpoint.read_config(folder))["best"]["confusion"]
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    script = tmp_path_factory.mktemp("script") / "plain.py"
+    script.write_text(PLAIN)
+    return script
 
 
 @pytest.fixture(scope="module")
 def alone(plain, processed, tmp_path_factory):
     """One process's run of batches of 4 and 2: six images."""
     folder = tmp_path_factory.mktemp("runs") / "alone"
-    assert run(1, plain, "--data", processed, "--out", folder, *TINY)[0] == 0
+    assert finish(torchrun(1, plain, "train", "scratch", "--data", processed, "--out", folder, *TINY))[0] == 0
     return folder
 
 
-@pytest.mark.parametrize("number", [2, 3])
-def test_several_processes_give_one_processs_numbers(plain, processed, alone, tmp_path, number):
-    """Three: the last batch of an epoch has two images, so that one of them has none."""
-    status, out, err = run(number, plain, "--data", processed, "--out", tmp_path / "run", *TINY)
+def test_every_loss_has_the_gradients_of_one_process(tmp_path):
+    (tmp_path / "gradients.py").write_text(GRADIENTS)
+    for number in (1, 3):
+        status, _, err = finish(torchrun(number, tmp_path / "gradients.py", tmp_path / str(number)))
+        assert status == 0, err
+    names = [path.suffix for path in tmp_path.glob("1.*")]
+    assert len(names) == 3
+    for name in names:
+        one, three = (torch.load(tmp_path / f"{number}{name}") for number in (1, 3))
+        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(one, three, strict=True)), name
+
+
+def test_three_processes_give_one_processs_numbers(plain, processed, alone, tmp_path):
+    """The last batch of an epoch has two images, so that one of the three has none."""
+    parts = ["train", "scratch", "--data", processed, "--out", tmp_path / "run", *TINY]
+    status, out, err = finish(torchrun(3, plain, *parts))
     assert status == 0, err
     np.testing.assert_allclose(history(tmp_path / "run"), history(alone), atol=1e-4)
     assert torch.equal(confusion(tmp_path / "run"), confusion(alone))
     assert out.count("best val mIoU") == 1  # one process speaks
 
 
-def test_a_run_goes_on_with_another_number_of_processes(plain, processed, alone, tmp_path):
-    command = ["--data", processed, "--out", tmp_path / "run", *TINY]
-    for number in (2, 1):
-        process = start(number, plain, *command, SAVE_SECONDS="0")
-        while not (tmp_path / "run" / checkpoint.STATE).exists():
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.005)
-        process.send_signal(signal.SIGTERM)
-        process.wait(120)
-    status, _, err = run(2, plain, *command)
+def test_a_run_resumes_with_another_number_of_processes(plain, processed, alone, tmp_path):
+    parts = ["train", "scratch", "--data", processed, "--out", tmp_path / "run", *TINY]
+    process = torchrun(2, plain, *parts, SAVE_SECONDS="0")
+    wait_for(tmp_path / "run" / checkpoint.STATE, process)
+    process.send_signal(signal.SIGTERM)
+    process.wait(120)
+    status, _, err = finish(torchrun(1, plain, *parts))
     assert status == 0, err
     np.testing.assert_allclose(history(tmp_path / "run"), history(alone), atol=1e-4)
     assert torch.equal(confusion(tmp_path / "run"), confusion(alone))
 
 
 def test_a_dead_process_ends_all_and_leaves_what_was_saved(plain, processed, tmp_path):
-    command = ["--data", processed, "--out", tmp_path / "run", *TINY, "--epochs", "500"]
-    process = start(2, plain, *command, SAVE_SECONDS="0")
-    while not (tmp_path / "run" / checkpoint.STATE).exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-    children = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
-    workers = [int(pid) for pid in children if b"plain.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    parts = ["train", "scratch", "--data", processed, "--out", tmp_path / "run", *TINY, "--epochs", "500"]
+    process = torchrun(2, plain, *parts, SAVE_SECONDS="0")
+    wait_for(tmp_path / "run" / checkpoint.STATE, process)
+    children = psutil.Process(process.pid).children()
+    workers = [child for child in children if "plain.py" in " ".join(child.cmdline())]
     assert len(workers) == 2
-    os.kill(workers[1], signal.SIGKILL)
+    workers[1].kill()
     assert process.wait(120) != 0
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
-    assert checkpoint.load_state(tmp_path / "run")["position"]["step"] >= 0
-    assert not list((tmp_path / "run").glob(".*.tmp"))
+    assert not psutil.wait_procs(workers, timeout=30)[1]
+    assert checkpoint.load_state(tmp_path / "run", checkpoint.read_config(tmp_path / "run"))["step"] >= 0
 
 
-def test_the_packages_own_command_under_torchrun(processed, tmp_path):
-    """With BatchNorm, whose statistics are each process's own on a CPU: close to one process, and not the same."""
-    status, out, err = run(2, None, "--data", processed, "--out", tmp_path / "two", *TINY)
+def test_batch_statistics_are_averaged_on_a_cpu(processed, tmp_path):
+    """With BatchNorm: close to one process, and not the same."""
+    parts = ["train", "scratch", "--data", processed, *TINY]
+    status, out, err = finish(torchrun(2, "-m", "unetseg", *parts, "--out", tmp_path / "two"))
     assert status == 0, err
-    assert "written to" in out and "Traceback" not in err
-    assert main(["train", "scratch", "--data", str(processed), "--out", str(tmp_path / "one"), *TINY]) == 0
+    assert "see " in out and "Traceback" not in err
+    assert command(*parts, "--out", tmp_path / "one") == 0
     np.testing.assert_allclose(history(tmp_path / "two")[:, 0], history(tmp_path / "one")[:, 0], rtol=0.2)
 
 
@@ -127,7 +161,7 @@ def test_several_processes_leave_without_pythons_last_steps(number, said):
     """Gloo's threads may abort them: one run in thirty did."""
     script = """
 import atexit
-from unetseg.__main__ import leave
+from unetseg.distributed import leave
 class Last:
     def __del__(self):
         print(", at the end", end="")
@@ -135,107 +169,97 @@ last = Last()
 atexit.register(print, "at exit", end="")
 leave(3)
 """
-    environment = os.environ | {"WORLD_SIZE": str(number)}
+    environment = os.environ | {"WORLD_SIZE": str(number), "TORCHELASTIC_RUN_ID": "1"}
     ended = subprocess.run([sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (3, said)
 
 
-def test_a_refusal_ends_all(plain, processed, alone):
-    status, _, err = run(2, plain, "--data", processed, "--out", alone, *TINY, "--lr", "0.5")
-    assert status == 1 and "begun with other settings" in err
-
-
-def test_one_setting_starts_them(processed, tmp_path, monkeypatch, capfd):
+def test_one_setting_starts_them_and_the_parent_logs_each_row(processed, tmp_path, capfd):
     """What a notebook does with num_processes=2."""
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    facts = {"channels": 4, "depth": 2, "epochs": 2, "batch_size": 4, "precision": "fp32", "num_processes": 2}
-    facts |= {"occlusion": 0.0, "aim_at": ["person", "vehicle"], "deterministic": True, "max_minutes": 10.0}
-    settings = stages.Settings("scratch", str(processed), str(tmp_path / "run é"), **facts)
-    rows = stages.train(settings, *stages.load_sets(settings))
-    assert [row["epoch"] for row in rows] == [1, 2] and rows == stages.recorded(tmp_path / "run é")
-    config = checkpoint.read_config(tmp_path / "run é")["settings"]
-    assert config["occlusion"] == 0 and config["aim_at"] == ["person", "vehicle"] and config["deterministic"]
-    out, err = capfd.readouterr()
-    assert out == "" and err.count("0/12 [") == 1  # the first process has a bar; the caller speaks
-    with pytest.raises(stages.TrainingStopped, match="exit status"):
-        monkeypatch.setattr(stages, "as_arguments", lambda settings: ["scratch", "--nonsense"])
-        bad = stages.Settings("scratch", str(processed), str(tmp_path / "bad"), num_processes=2)
-        stages.train(bad, *stages.load_sets(bad))
+    facts = {"channels": 4, "depth": 2, "epochs": 3, "batch_size": 4, "num_processes": 2, "max_minutes": 10.0}
+    settings = Settings("scratch", processed, tmp_path / "run é", aim_at=("person", "vehicle"), **facts)
+    logged = []
+    rows = run.train(settings, log=logged.append, sets=run.load_sets(settings))
+    assert [row["epoch"] for row in logged] == [1, 2, 3] and rows == logged
+    stored = checkpoint.read_config(tmp_path / "run é")["settings"]
+    assert stored["occlusion"] == 0 and stored["aim_at"] == ["person", "vehicle"] and stored["num_processes"] == 2
+    out, _ = capfd.readouterr()
+    assert out == "" and not (tmp_path / "run é" / "wandb").exists()
+
+
+def test_a_failure_of_the_processes_is_told(processed, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "write_json", lambda path, config: path.write_text("{}"))
+    settings = Settings("scratch", processed, tmp_path / "bad", channels=4, depth=2, num_processes=2)
+    with pytest.raises(TrainingStopped, match="ended with exit status 1; see above"):
+        run.train(settings, log=print)
 
 
 @pytest.mark.parametrize("send", [os.killpg, os.kill])
-def test_ctrl_c_reaches_all_and_the_run_is_saved(processed, tmp_path, send):
+def test_one_interrupt_is_passed_on_and_the_run_is_saved(processed, tmp_path, send):
     """As a terminal sends it, to all that is in the foreground, and as `kill -INT` does, to the command alone."""
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "unetseg", "train", "scratch", "--num-processes=2", f"--data={processed}", *TINY]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
+    parts = [sys.executable, "-m", "unetseg", "train", "scratch", "--num-processes=2", f"--data={processed}", *TINY]
+    environment = os.environ | {"WANDB_MODE": "disabled"}
     process = subprocess.Popen(
-        [*command, "--epochs=5000", f"--out={out}"], env=environment, start_new_session=True, stderr=subprocess.PIPE
+        [*parts, "--epochs=5000", f"--out={out}"], env=environment, start_new_session=True, stderr=subprocess.PIPE
     )
-    while not (out / checkpoint.HISTORY).exists():
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_for(out / checkpoint.HISTORY, process)
     send(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and b"the same command goes on from here" in err
-    assert b"stopped (SIGINT) in epoch" in err
-    position = checkpoint.load_state(out)["position"]
-    assert len(position["history"]) == len(checkpoint.read_history(out)) > 0
+    assert process.returncode == 130 and b"the same command continues from here" in err
+    assert b"SIGINT, stopped in epoch" in err
+    state = checkpoint.load_state(out, checkpoint.read_config(out))
+    assert len(state["history"]) == len(checkpoint.read_history(out)) > 0
 
 
 def test_processes_end_with_the_one_that_launched_them(processed, tmp_path):
     """Killed, as a notebook's kernel may be, it can tell nobody."""
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "unetseg", "train", "scratch", "--num-processes=2", f"--data={processed}", *TINY]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
-    process = subprocess.Popen([*command, "--epochs=5000", f"--out={out}"], env=environment, stderr=subprocess.DEVNULL)
-    while not (out / checkpoint.HISTORY).exists():
-        assert process.poll() is None
-        time.sleep(0.01)
+    parts = [sys.executable, "-m", "unetseg", "train", "scratch", "--num-processes=2", f"--data={processed}", *TINY]
+    environment = os.environ | {"WANDB_MODE": "disabled"}
+    process = subprocess.Popen([*parts, "--epochs=5000", f"--out={out}"], env=environment, stderr=subprocess.DEVNULL)
+    wait_for(out / checkpoint.HISTORY, process)
     started = psutil.Process(process.pid).children(recursive=True)
     assert len(started) >= 3  # torchrun and its two
     process.kill()
-    _, alive = psutil.wait_procs(started, timeout=60)
-    assert not alive
+    assert not psutil.wait_procs(started, timeout=60)[1]
 
 
 def test_a_process_given_other_data_ends_all(plain, processed, tmp_path):
-    """As when the second machine holds an older copy: the first one's fingerprint must not stand for it."""
-    other = tmp_path / "other"
-    shutil.copytree(processed, other)
-    first, second = sorted((other / "masks_processed" / "train").iterdir())[:2]
-    images = [other / "images_processed" / "train" / f"{path.stem}.npy" for path in (first, second)]
-    for one, two in ((first, second), images):
-        one.rename(tmp_path / "kept")
-        two.rename(one)
-        (tmp_path / "kept").rename(two)
-    script = tmp_path / "script.py"
-    here, there = str(processed), str(other)
-    script.write_text(
-        plain.read_text().replace(
-            "sys.argv[0]",
-            f"""if os.environ["RANK"] == "1":
+    """As when the second machine holds another copy: the first one's fingerprint must not stand for it."""
+    other = shutil.copytree(processed, tmp_path / "other")
+    stats = read_json(other / "stats_train.json")
+    next(iter(stats["files"].values()))["crc32"] += 1
+    write_json(other / "stats_train.json", stats)
+    script, here, there = tmp_path / "script.py", str(processed), str(other)
+    swapped = f"""if os.environ["RANK"] == "1":
     sys.argv = [{there!r} if argument == {here!r} else argument for argument in sys.argv]
-sys.argv[0]""",
-        )
-    )
-    status, _, err = run(2, script, "--data", processed, "--out", tmp_path / "run", *TINY)
-    assert status != 0 and "expected what the first process was given" in err and "data_sha256" in err
+sys.argv[0]"""
+    script.write_text(plain.read_text().replace("sys.argv[0]", swapped))
+    parts = ["train", "scratch", "--data", processed, "--out", tmp_path / "run", *TINY]
+    status, _, err = finish(torchrun(2, script, *parts))
+    assert status != 0 and "this process was given other data than the first process" in err
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 7])
-def test_the_parts_make_the_whole_batch(processed, monkeypatch, number):
+def test_the_shares_make_the_whole_batch(processed, monkeypatch, number):
     """Same samples, same augmentation, each once, whatever the number of processes."""
-    train_set = load_split(processed, "train")
-    settings = stages.resolve(stages.Settings("scratch", str(processed), "x"))
-    batches = Batches(train_set, 4, torch.device("cpu"), 5, stages.augmentation(settings, train_set))
+    batches = Batches(load_split(processed, "train"), 4, torch.device("cpu"), Settings(seed=5, occlusion=0.5))
     whole = list(batches.epoch(3))
-    monkeypatch.setattr(processes, "count", lambda: number)
+    monkeypatch.setattr(distributed, "world", lambda: number)
     parts = []
     for rank in range(number):
-        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         parts.append(list(batches.epoch(3)))
-    for place, (images, masks) in enumerate(whole):
-        assert torch.equal(torch.cat([part[place][0] for part in parts]), images)
-        assert torch.equal(torch.cat([part[place][1] for part in parts]), masks)
+    for place, batch in enumerate(whole):
+        for of, tensor in enumerate(batch):
+            assert torch.equal(torch.cat([part[place][of] for part in parts]), tensor)
+
+
+def test_no_process_is_forked():
+    for path in [*ROOT.glob("unetseg/**/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("notebooks/*.py")]:
+        text = Path(path).read_text(encoding="utf-8")
+        assert "os.fork" not in text and 'get_context("fork")' not in text, path
+        assert text.count("ProcessPoolExecutor(") == text.count('ProcessPoolExecutor(workers, get_context("spawn")'), (
+            path
+        )

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import ctypes
 import os
 import signal
 import subprocess
@@ -225,7 +226,9 @@ def launch(settings: Settings, config: dict, log: Callable[[dict], None] | None)
     environment |= {"PYTHONPATH": os.pathsep.join(paths)} | ({"WANDB_MODE": "disabled"} if log else {})
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
     command, seen = [*torchrun, "-m", "unetseg", "resume", str(run)], len(checkpoint.read_history(run))
-    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    child = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True, preexec_fn=end_with_parent
+    )
     try:
         while child.poll() is None or seen < len(checkpoint.read_history(run)):
             for row in checkpoint.read_history(run)[seen:] if log else ():
@@ -243,3 +246,9 @@ def launch(settings: Settings, config: dict, log: Callable[[dict], None] | None)
     if child.returncode:
         raise TrainingStopped(f"{run}: the training processes ended with exit status {child.returncode}; see above")
     return checkpoint.read_history(run)
+
+
+def end_with_parent() -> None:
+    """Let the kernel send SIGTERM when the parent dies, which may be killed as a notebook's is; Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
