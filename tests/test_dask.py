@@ -6,11 +6,11 @@ import threading
 import time
 
 import dask
-import image_segmentation_preprocessing as preprocessing
 import pytest
+from conftest import tree
 from distributed import Client, LocalCluster
 
-from unetseg import scenes
+from unetseg.tools import preprocess, scenes
 
 
 @pytest.fixture(scope="module")
@@ -19,18 +19,13 @@ def cluster():
         yield cluster
 
 
-def tree(folder):
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
 def test_a_cluster_gives_the_same_bytes_though_a_worker_is_killed(cluster, tmp_path, monkeypatch):
     scenes.draw_dataset(tmp_path / "raw", {"train": 120, "val": 4}, (256, 128), seed=1)
     command = ["--data_dir", str(tmp_path / "raw"), "--size", "64x32", "--log_level", "ERROR"]
-    assert preprocessing.main([*command, "--output_dir", str(tmp_path / "here"), "--workers", "2"]) == 0
+    assert preprocess.main([*command, "--output_dir", str(tmp_path / "here"), "--workers", "2"]) == 0
     with Client(cluster) as client:
         pids = list(client.run(os.getpid).values())
-    done, killed = tmp_path / "there" / "masks_processed" / "train", []
+    done, killed = tmp_path / "there" / ".unfinished" / "masks_processed" / "train", []
 
     def kill_one_midway():
         while len(list(done.glob("*.png"))) < 10:
@@ -42,17 +37,17 @@ def test_a_cluster_gives_the_same_bytes_though_a_worker_is_killed(cluster, tmp_p
     killer.start()
     monkeypatch.chdir(tmp_path)  # where the workers are not
     there = ["--output_dir", "there", "--dask", cluster.scheduler_address]
-    assert preprocessing.main([*command, *there]) == 0
+    assert preprocess.main([*command, *there]) == 0
     killer.join(10)
     assert killed and killed[0] < 120  # it was in the middle
     assert tree(tmp_path / "there") == tree(tmp_path / "here")
 
 
 def test_a_cluster_without_workers(tmp_path, raw, capsys, monkeypatch):
-    monkeypatch.setattr(preprocessing, "WORKERS_WITHIN", 1)
+    monkeypatch.setattr(preprocess, "DASK_PATIENCE", 1)
     command = ["--data_dir", str(raw), "--output_dir", str(tmp_path)]
     with LocalCluster(n_workers=0, dashboard_address=None) as empty:
-        assert preprocessing.main([*command, "--dask", empty.scheduler_address]) == 1
+        assert preprocess.main([*command, "--dask", empty.scheduler_address]) == 1
     assert "expected workers, found none in 1 s" in capsys.readouterr().err
 
 
@@ -60,5 +55,5 @@ def test_a_cluster_without_workers(tmp_path, raw, capsys, monkeypatch):
 def test_an_address_where_nobody_answers(tmp_path, raw, capsys, address):
     command = ["--data_dir", str(raw), "--output_dir", str(tmp_path), "--dask", address]
     with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
-        assert preprocessing.main(command) == 1
+        assert preprocess.main(command) == 1
     assert f"--dask {address}: expected a scheduler's address" in capsys.readouterr().err

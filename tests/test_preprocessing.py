@@ -1,3 +1,5 @@
+"""Preprocessing: what is computed, what is refused, and that a processed split is one thing, whatever happens."""
+
 import io
 import json
 import os
@@ -8,38 +10,24 @@ import sys
 from pathlib import Path
 
 import cv2
-import image_segmentation_preprocessing as preprocessing
 import numpy as np
 import pytest
+from conftest import ROOT, process, tree
 from PIL import Image
 from torchvision.datasets import Cityscapes
 
 from unetseg.classes import CLASS_SETS
 from unetseg.data import load_split
+from unetseg.files import UserError, read_json
+from unetseg.images import BadFile, read_png, shrink
+from unetseg.tools import preprocess, scenes
+from unetseg.tools.layouts import LAYOUTS, find_layout
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "preprocessing" / "image_segmentation_preprocessing.py"
 
 
-def run(raw, out, *options):
-    command = [
-        "--data_dir",
-        raw,
-        "--output_dir",
-        out,
-        "--workers",
-        2,
-        "--log_level",
-        "ERROR",
-        "--sample_size",
-        1,
-        *options,
-    ]
-    return preprocessing.main([str(part) for part in command])
-
-
 def stats(out, split="train"):
-    return json.loads((out / f"stats_{split}.json").read_text())
+    return read_json(out / f"stats_{split}.json")
 
 
 def files_of(raw, split="train"):
@@ -48,17 +36,22 @@ def files_of(raw, split="train"):
     return images, labels
 
 
-def tree(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+@pytest.fixture
+def source(raw, tmp_path):
+    """A copy of the raw scenes that may be spoiled."""
+    return shutil.copytree(raw, tmp_path / "raw")
+
+
+# ---- what is computed
 
 
 def test_masks_are_sampled_at_pixel_centres():
     ramp = np.add.outer(np.arange(32) * 10 % 251, np.arange(64)).astype(np.uint8)
-    small = preprocessing.shrink_mask(ramp, (8, 8))
+    small = preprocess.shrink_mask(ramp, (8, 8))
     assert small[0, 0] == ramp[2, 4] and small[7, 7] == ramp[30, 60]
     assert (small == cv2.resize(ramp, (8, 8), interpolation=cv2.INTER_NEAREST_EXACT)).all()
     for size in ((5, 7), (13, 9), (64, 32)):  # within half a source pixel of the centre, whatever the ratio
-        xs = preprocessing.shrink_mask(np.tile(np.arange(64, dtype=np.uint8), (32, 1)), size)[0].astype(float)
+        xs = preprocess.shrink_mask(np.tile(np.arange(64, dtype=np.uint8), (32, 1)), size)[0].astype(float)
         centre = (np.arange(size[0]) + 0.5) * 64 / size[0]
         assert (abs(xs + 0.5 - centre) <= 0.5 + 1e-9).all()
 
@@ -66,13 +59,13 @@ def test_masks_are_sampled_at_pixel_centres():
 def test_images_shrink_by_area_averaging():
     image = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)
     mean = image.reshape(8, 4, 8, 8, 3).mean(axis=(1, 3))
-    assert abs(preprocessing.shrink_image(image, (8, 8)) - mean).max() <= 0.5
+    assert abs(shrink(image, (8, 8)) - mean).max() <= 0.5
 
 
 def test_every_dtype_gives_the_same_k_back(raw, tmp_path):
     stored = {}
     for dtype in ("float32", "float16", "uint8"):
-        assert run(raw, tmp_path / dtype, "--dtype", dtype, "--size", "32", "--splits", "val") == 0
+        assert process(raw, tmp_path / dtype, "--dtype", dtype, "--size", "32", "--splits", "val") == 0
         path = sorted((tmp_path / dtype / "images_processed" / "val").glob("*.npy"))[0]
         stored[dtype] = np.load(path, allow_pickle=False)
         assert stored[dtype].dtype == dtype and stored[dtype].shape == (32, 32, 3)
@@ -82,7 +75,7 @@ def test_every_dtype_gives_the_same_k_back(raw, tmp_path):
 
 
 def test_real_frames_pixel_by_pixel(cityscapes_sample, tmp_path):
-    assert run(cityscapes_sample, tmp_path) == 0
+    assert process(cityscapes_sample, tmp_path) == 0
     dataset = Cityscapes(str(cityscapes_sample), split="train", mode="fine", target_type="semantic")
     class_set, total, compared = CLASS_SETS["cityscapes7"], np.zeros(8, int), 0
     for path, (image, labels) in zip(dataset.images, dataset):
@@ -100,16 +93,17 @@ def test_real_frames_pixel_by_pixel(cityscapes_sample, tmp_path):
 
 
 def test_camvid(camvid, tmp_path):
-    assert run(camvid, tmp_path, "--size", "64") == 0
+    assert process(camvid, tmp_path, "--size", "64") == 0
     assert (stats(tmp_path)["num_images"], stats(tmp_path, "val")["num_images"]) == (367, 101)
     assert stats(tmp_path)["class_set"] == "camvid7" and not (tmp_path / "stats_test.json").exists()
+    assert not stats(tmp_path, "val")["val_is_halved"] and len(load_split(tmp_path, "val")) == 101
 
 
 def test_published_totals_of_cityscapes(tmp_path):
     root = os.environ.get("CITYSCAPES_ROOT")
     if not root:
         pytest.skip("needs the whole of Cityscapes: set CITYSCAPES_ROOT")
-    assert run(root, tmp_path) == 0
+    assert process(root, tmp_path) == 0
     published = {
         "train": [1306362141, 2036416525, 1260636120, 459059194, 74789586, 879783988, 221979646],
         "val": [224209172, 345264442, 201005428, 74574583, 13889020, 158868008, 30765347],
@@ -119,55 +113,48 @@ def test_published_totals_of_cityscapes(tmp_path):
         assert [classes[0] + void, *classes[1:]] == expected
 
 
-def test_stats_add_up_and_pictures_are_drawn(raw, processed):
+def test_stats_add_up_and_pictures_are_drawn(processed):
     found = stats(processed)
     assert sum(found["pixels"]["full_resolution"].values()) == 6 * 256 * 128
     assert sum(found["pixels"]["resized"].values()) == 6 * 64 * 32
     per_file = np.sum([entry["resized"] for entry in found["files"].values()], axis=0)
     assert per_file.tolist() == list(found["pixels"]["resized"].values())
+    assert found["classes"] == list(CLASS_SETS["cityscapes7"].names) and found["colours"][1] == [128, 64, 128]
     pictures = {path.name for path in (processed / "visualizations").iterdir()}
     assert pictures == {f"{s}_{kind}" for s in ("train", "val") for kind in ("samples.jpg", "class_distribution.png")}
 
 
-def test_a_rerun_redoes_only_what_is_missing_or_differs(raw, tmp_path, capsys):
-    assert run(raw, tmp_path, "--size", "32") == 0
-    whole = tree(tmp_path)
-    stems = sorted(stats(tmp_path)["files"])
-    (tmp_path / "images_processed" / "train" / f"{stems[0]}.npy").unlink()
-    (tmp_path / "masks_processed" / "train" / f"{stems[1]}.png").unlink()
-    assert run(raw, tmp_path, "--size", "32", "--log_level", "INFO") == 0
-    said = capsys.readouterr().err
-    assert "train: 2 images made, 4 skipped" in said and "val: 0 images made, 4 skipped" in said
-    assert tree(tmp_path) == whole
-    assert run(raw, tmp_path, "--size", "16", "--log_level", "INFO") == 0
-    assert "train: 6 images made, 0 skipped" in capsys.readouterr().err
-    assert not [path for path in tmp_path.rglob("*.tmp")]
+def test_cityscapes_test_split_is_images_only(source, tmp_path):
+    shutil.copytree(source / "leftImg8bit" / "val", source / "leftImg8bit" / "test")
+    out = tmp_path / "out"
+    for _ in range(2):
+        assert process(source, out, "--splits", "test", "--size", "32") == 0
+    assert len(list((out / "images_processed" / "test").glob("*.npy"))) == 4
+    assert not list((out / "masks_processed" / "test").iterdir()) and stats(out, "test")["num_images"] == 4
 
 
-def test_a_changed_source_is_redone(raw, tmp_path, capsys):
-    shutil.copytree(raw, tmp_path / "raw")
-    assert run(tmp_path / "raw", tmp_path / "out", "--size", "32") == 0
-    path = files_of(tmp_path / "raw")[1][0]
-    Image.fromarray(np.full((128, 256), 7, np.uint8)).save(path)
-    assert run(tmp_path / "raw", tmp_path / "out", "--size", "32", "--log_level", "INFO") == 0
-    assert "train: 1 images made, 5 skipped" in capsys.readouterr().err
+def test_the_script_and_the_command_are_one_and_run_without_torch(raw, tmp_path):
+    parts = ["--data_dir", str(raw), "--size", "32", "--output_dir"]
+    code = f"""
+import runpy, sys
+sys.modules["torch"] = None
+sys.argv[1:] = {[*parts, str(tmp_path / "script")]}
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "6 images made" in done.stderr, done.stderr
+    command = ["preprocess", "--data-dir", str(raw), "--output-dir", str(tmp_path / "command"), "--size=32"]
+    environment = os.environ | {"MPLBACKEND": "module://a_notebooks.backend"}
+    assert subprocess.run([sys.executable, "-m", "unetseg", *command], env=environment).returncode == 0
+    assert tree(tmp_path / "script") == tree(tmp_path / "command")
+
+
+# ---- what is refused
 
 
 def damage_truncated(images, labels):
     images[0].write_bytes(images[0].read_bytes()[:-2000])
-    return images[0], "truncated|broken|whole PNG"
-
-
-def damage_bits(images, labels):
-    content = bytearray(images[0].read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    images[0].write_bytes(content)
-    return images[0], "whole PNG"
-
-
-def damage_empty(images, labels):
-    labels[0].write_bytes(b"")
-    return labels[0], "whole PNG.*0 bytes"
+    return images[0], "complete PNG"
 
 
 def damage_missing_label(images, labels):
@@ -197,7 +184,7 @@ def damage_train_ids(images, labels):
 
 def damage_train_ids_by_name(images, labels):
     labels[0].rename(str(labels[0]).replace("labelIds", "labelTrainIds"))
-    return images[0], "found labelTrainIds"
+    return images[0], "expected its label file"
 
 
 def damage_colour_mask(images, labels):
@@ -215,13 +202,6 @@ def damage_alpha(images, labels):
     return images[0], "8-bit RGB .*found mode RGBA"
 
 
-def damage_jpeg(images, labels):
-    buffer = io.BytesIO()
-    Image.fromarray(np.zeros((128, 256, 3), np.uint8)).save(buffer, "JPEG")
-    images[0].write_bytes(buffer.getvalue())
-    return images[0], "whole PNG"
-
-
 def damage_transparency(images, labels):
     Image.fromarray(np.zeros((128, 256, 3), np.uint8)).save(images[0], transparency=(0, 0, 0))
     return images[0], "found mode RGB with transparency"
@@ -230,13 +210,6 @@ def damage_transparency(images, labels):
 def damage_16_bit(images, labels):
     cv2.imwrite(str(images[0]), np.zeros((128, 256, 3), np.uint16))
     return images[0], "8-bit RGB .*found mode 16-bit RGB"
-
-
-def damage_4_bit_labels(images, labels):
-    content = bytearray(labels[0].read_bytes())
-    content[24] = 4
-    labels[0].write_bytes(content)
-    return labels[0], "4-bit|whole PNG"
 
 
 def damage_label_upper_case_orphan(images, labels):
@@ -249,10 +222,9 @@ DAMAGES = [value for name, value in sorted(globals().items()) if name.startswith
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda function: function.__name__[7:])
-def test_a_bad_file_is_named_and_the_rest_is_done(damage, raw, tmp_path, capsys):
-    shutil.copytree(raw, tmp_path / "raw")
-    culprit, message = damage(*files_of(tmp_path / "raw"))
-    assert run(tmp_path / "raw", tmp_path / "out", "--size", "32") == 1
+def test_a_bad_file_is_named_and_the_rest_is_done(damage, source, tmp_path, capsys):
+    culprit, message = damage(*files_of(source))
+    assert process(source, tmp_path / "out", "--size", "32") == 1
     left_out = stats(tmp_path / "out")["left_out"]
     assert len(left_out) == 1 and str(culprit) in next(iter(left_out.values()))
     said = capsys.readouterr().err
@@ -265,103 +237,185 @@ def test_an_image_is_refused_wherever_it_is_cut(raw, tmp_path):
     content = files_of(raw)[0][0].read_bytes()
     for length in [*range(60), *range(60, len(content), len(content) // 40)]:
         (tmp_path / "cut.png").write_bytes(content[:length])
-        with pytest.raises(preprocessing.BadFile, match=r"cut.png: expected a whole PNG"):
-            preprocessing.read_png(tmp_path / "cut.png", "RGB")
-
-
-def test_what_became_unusable_leaves_the_processed_folder(raw, tmp_path):
-    shutil.copytree(raw, tmp_path / "raw")
-    assert run(tmp_path / "raw", tmp_path / "out", "--size", "32") == 0
-    damage_truncated(*files_of(tmp_path / "raw"))
-    assert run(tmp_path / "raw", tmp_path / "out", "--size", "32") == 1
-    assert len(load_split(tmp_path / "out", "train")) == 5
-
-
-def test_an_empty_file_in_the_output_is_made_anew(raw, tmp_path):
-    assert run(raw, tmp_path, "--size", "32") == 0
-    for path in (next(tmp_path.glob("images_processed/train/*")), next(tmp_path.glob("masks_processed/val/*"))):
-        path.write_bytes(b"")
-    assert run(raw, tmp_path, "--size", "32") == 0
-    assert len(load_split(tmp_path, "train")) == 6
-
-
-def test_a_split_without_labels_is_named_image_by_image_and_the_others_are_done(raw, tmp_path, capsys):
-    shutil.copytree(raw, tmp_path / "raw")
-    shutil.rmtree(tmp_path / "raw" / "gtFine" / "val")
-    (tmp_path / "raw" / "gtFine" / "test").mkdir()
-    assert run(tmp_path / "raw", tmp_path / "out", "--size", "32", "--splits", "test", "val", "train") == 1
-    said = capsys.readouterr().err
-    assert "in the split test, found none" in said and said.count("expected its label file") == 4
-    assert stats(tmp_path / "out")["num_images"] == 6
-
-
-def test_a_fixed_file_is_taken_in_by_the_next_run(raw, tmp_path):
-    shutil.copytree(raw, tmp_path / "raw")
-    images, labels = files_of(tmp_path / "raw")
-    whole = images[0].read_bytes()
-    damage_truncated(images, labels)
-    assert run(tmp_path / "raw", tmp_path / "out", "--size", "32") == 1
-    images[0].write_bytes(whole)
-    assert run(tmp_path / "raw", tmp_path / "out", "--size", "32") == 0
-    assert stats(tmp_path / "out")["num_images"] == 6 and not stats(tmp_path / "out")["left_out"]
+        with pytest.raises(BadFile, match=r"cut.png: expected a complete PNG"):
+            read_png(tmp_path / "cut.png", "RGB")
 
 
 @pytest.mark.parametrize("options, message", [
     (["--data_dir", "nowhere"], "found nothing"),
     (["--data_dir", "empty"], "expected leftImg8bit/ and gtFine/"),
-    (["--data_dir", "above"], "did you mean"),
+    (["--data_dir", "above"], "did you mean .*cityscapes"),
     (["--splits", "train", "nosuch"], "expected the splits .*nosuch"),
-    (["--classes", "camvid11"], "expected a class set for cityscapes"),
+    (["--classes", "camvid11"], "--classes: expected cityscapes7 or cityscapes19"),
 ])  # fmt: skip
 def test_wrong_roots_and_options_say_what_was_expected(options, message, raw, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     shutil.copytree(raw, tmp_path / "above" / "cityscapes")
-    assert run(raw, tmp_path / "out", *options) == 1
+    assert process(raw, tmp_path / "out", *options) == 1
     said = capsys.readouterr().err
-    assert re.search(message, said), said
+    assert re.search(message, said) and said.count("\n") == 1, said
 
 
 @pytest.mark.parametrize(
     "options",
-    [["--size", "0"], ["--size", "axb"], ["--workers", "0"], ["--sample_size", "-1"], ["--dtype", "int8"], []],
+    [
+        ["--size", "0"],
+        ["--size", "axb"],
+        ["--workers", "0"],
+        ["--workers", "99999"],
+        ["--sample_size", "-1"],
+        ["--dtype", "int8"],
+        [],
+    ],
 )
 def test_usage_errors_exit_with_2(options, raw, tmp_path):
     command = ["--data_dir", str(raw), *(["--output_dir", str(tmp_path)] if options else []), *options]
     with pytest.raises(SystemExit) as stop:
-        preprocessing.main(command)
+        preprocess.main(command)
     assert stop.value.code == 2
 
 
-def test_cityscapes_test_split_is_images_only(raw, tmp_path):
-    shutil.copytree(raw, tmp_path / "raw")
-    shutil.copytree(raw / "leftImg8bit" / "val", tmp_path / "raw" / "leftImg8bit" / "test")
+def test_a_split_without_labels_is_named_image_by_image_and_the_others_are_done(source, tmp_path, capsys):
+    shutil.rmtree(source / "gtFine" / "val")
+    (source / "gtFine" / "test").mkdir()
+    assert process(source, tmp_path / "out", "--size", "32", "--splits", "test", "val", "train") == 1
+    said = capsys.readouterr().err
+    assert "in the split test, found none" in said and said.count("expected its label file") == 4
+    assert stats(tmp_path / "out")["num_images"] == 6 and not (tmp_path / "out" / "stats_val.json").exists()
+
+
+def test_layouts_are_found_by_what_lies_there(raw, tmp_path):
+    assert find_layout(raw).name == "cityscapes" and find_layout(raw).found_splits(raw) == ["train", "val"]
+    for folder in ("train", "trainannot", "val", "valannot"):
+        (tmp_path / folder).mkdir()
+    assert find_layout(tmp_path).name == "camvid" and find_layout(tmp_path).found_splits(tmp_path) == ["train", "val"]
+    assert {layout.name for layout in LAYOUTS} == {"cityscapes", "camvid"}
+
+
+# ---- a processed split is one thing
+
+
+def test_a_rerun_makes_only_what_is_missing_or_differs(raw, tmp_path, capsys):
+    assert process(raw, tmp_path, "--size", "32") == 0
+    whole, stems = tree(tmp_path), sorted(stats(tmp_path)["files"])
+    (tmp_path / "images_processed" / "train" / f"{stems[0]}.npy").unlink()
+    (tmp_path / "masks_processed" / "train" / f"{stems[1]}.png").write_bytes(b"")
+    assert process(raw, tmp_path, "--size", "32", "--log_level", "INFO") == 0
+    said = capsys.readouterr().err
+    assert "train: 2 images made, 4 skipped" in said and "val: 0 images made, 4 skipped" in said
+    assert tree(tmp_path) == whole
+    assert process(raw, tmp_path, "--size", "16", "--log_level", "INFO") == 0
+    assert "train: 6 images made, 0 skipped" in capsys.readouterr().err
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp") or ".unfinished" in str(path)]
+
+
+def test_a_corrected_label_of_equal_size_and_time_is_made_anew(source, tmp_path, capsys):
+    assert process(source, tmp_path / "out", "--size", "32") == 0
+    path = files_of(source)[1][0]
+    facts, content = path.stat(), bytearray(path.read_bytes())
+    Image.fromarray(255 - np.array(Image.open(path)) % 3 - 248).save(path)  # other ids, all known
+    corrected = path.read_bytes()
+    path.write_bytes(corrected.ljust(len(content), b"\0")[: max(len(content), len(corrected))])
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert process(source, tmp_path / "out", "--size", "32", "--log_level", "INFO") == 0
+    assert "train: 1 images made, 5 skipped" in capsys.readouterr().err
+
+
+def test_neither_file_times_nor_workers_change_a_byte(source, tmp_path):
+    assert process(source, tmp_path / "a", "--size", "32", "--workers", "1") == 0
+    for path in source.rglob("*.png"):
+        os.utime(path, (1, 1))
+    shutil.move(source, tmp_path / "moved")
+    assert process(tmp_path / "moved", tmp_path / "b", "--size", "32", "--workers", "3") == 0
+    assert process(tmp_path / "moved", tmp_path / "a", "--size", "32") == 0  # the same data in another place
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+def test_what_became_unusable_leaves_the_split_and_comes_back_repaired(source, tmp_path):
+    images, labels = files_of(source)
+    whole = images[0].read_bytes()
+    assert process(source, tmp_path / "out", "--size", "32") == 0
+    damage_truncated(images, labels)
+    assert process(source, tmp_path / "out", "--size", "32") == 1
+    assert len(load_split(tmp_path / "out", "train")) == 5
+    images[0].write_bytes(whole)
+    assert process(source, tmp_path / "out", "--size", "32") == 0
+    assert stats(tmp_path / "out")["num_images"] == 6 and not stats(tmp_path / "out")["left_out"]
+
+
+@pytest.fixture
+def another(tmp_path):
+    """Scenes of another seed, without val."""
+    scenes.draw_dataset(tmp_path / "another", {"train": 3}, (256, 128), seed=9)
+    return tmp_path / "another"
+
+
+def test_another_source_is_refused_and_nothing_is_touched(raw, another, tmp_path, capsys):
     out = tmp_path / "out"
-    assert run(tmp_path / "raw", out, "--splits", "test", "--size", "32") == 0
-    assert len(list((out / "images_processed" / "test").glob("*.npy"))) == 4
-    assert not (out / "masks_processed" / "test").exists() and stats(out, "test")["num_images"] == 4
+    assert process(raw, out, "--size", "32") == 0
+    before = tree(out)
+    for options in ([], ["--overwrite"], ["--size", "16"]):
+        assert process(another, out, "--size", "32", *options) == 1
+        assert "holds splits made from another source than" in capsys.readouterr().err
+        assert tree(out) == before
 
 
-def test_a_full_disk_is_reported_per_file(raw, tmp_path, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+def test_a_source_that_can_no_longer_be_read_leaves_what_was_made(source, tmp_path, capsys):
+    """The folders of images and labels swapped, say, or an archive that is not mounted any more."""
+    out = tmp_path / "out"
+    assert process(source, out, "--size", "32") == 0
+    before = tree(out)
+    for one, other in (("leftImg8bit", "kept"), ("gtFine", "leftImg8bit"), ("kept", "gtFine")):
+        (source / one).rename(source / other)
+    assert process(source, out, "--size", "32") == 1
+    assert tree(out) == before and "another source" in capsys.readouterr().err
 
-    pairs, _ = preprocessing.list_pairs(raw, "cityscapes", "train")
-    settings = preprocessing.Settings("cityscapes7", (32, 32), "float32")
-    monkeypatch.setattr(preprocessing.np, "save", full)
-    record = preprocessing.process(pairs[0], "train", tmp_path, settings, False)
-    assert "No space left" in record.error
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+def test_files_of_others_are_never_removed_or_replaced(raw, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert process(raw, out, "--size", "32", "--splits", "train") == 0
+    mine = [out / "images_processed" / "train" / "notes.txt", out / "masks_processed" / "mine" / "a.png"]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    assert process(raw, out, "--size", "16", "--splits", "train") == 0
+    assert all(path.read_text() == "mine" for path in mine)
+    stem = files_of(raw, "val")[0][0].name.removesuffix("_leftImg8bit.png")
+    there = out / "images_processed" / "val" / f"{stem}.npy"
+    there.parent.mkdir()
+    there.write_text("mine")
+    assert process(raw, out, "--size", "16") == 1
+    assert "was not made by preprocessing; move it away" in capsys.readouterr().err and there.read_text() == "mine"
 
 
-def test_the_script_runs_without_torch(raw, tmp_path):
-    arguments = ["--data_dir", str(raw), "--output_dir", str(tmp_path / "out")]
-    code = f"""
-import runpy, sys
-sys.modules["torch"] = None
-sys.argv[1:] = {arguments}
-runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "6 images made" in done.stderr
+@pytest.mark.parametrize("name", ["images_processed", "masks_processed/train", "visualizations", ".unfinished"])
+def test_a_link_into_another_folder_is_not_followed(raw, tmp_path, capsys, name):
+    (tmp_path / "users").mkdir()
+    (tmp_path / "users" / "kept.npy").write_text("kept")
+    link = tmp_path / "out" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "users")
+    assert process(raw, tmp_path / "out", "--size", "32") == 1
+    assert "expected a folder of its own, found a link" in capsys.readouterr().err
+    assert tree(tmp_path / "users") == {"kept.npy": b"kept"}
+
+
+def test_a_folder_of_another_version_is_refused(raw, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "stats_train.json").write_text(json.dumps({"layout": "cityscapes", "files": {}}))
+    assert process(raw, tmp_path / "out", "--size", "32") == 1
+    assert "was written by another version of unetseg; use another --output_dir" in capsys.readouterr().err
+
+
+def test_a_dead_worker_is_reported_and_the_next_run_continues(raw, tmp_path, monkeypatch, capsys):
+    def broken(*args, **more):
+        raise preprocess.BrokenProcessPool("as a test has it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocess, "tqdm", broken)
+        assert process(raw, tmp_path / "out") == 1
+    assert "a worker process died (out of memory?); run again with fewer --workers" in capsys.readouterr().err
+    assert process(raw, tmp_path / "out") == 0
+    with pytest.raises(UserError):
+        preprocess.find_layout(tmp_path / "out")
