@@ -1,111 +1,91 @@
-"""Settings by measurement: what is chosen, when it is measured, and that nothing depends on what cannot run."""
+"""The device that really runs a kernel, told by faked cards, and precision by rule."""
 
+import os
+from pathlib import Path
+
+import pytest
 import torch
+from conftest import ROOT
 
-from unetseg import device, memory
-from unetseg.model import UNet
-from unetseg.trainer import Trainer
-
-SIZE = (32, 32)
+from unetseg import device
+from unetseg.files import UserError
 
 
-def timings(monkeypatch, seconds, outputs=None):
-    """Let `choose` find these seconds per candidate, and outputs; returns what it measured, in order."""
-    asked = []
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of a given capability, whose kernels fail: there is none behind it."""
 
-    def fake(model, size, precision, memory_format, training=True, batch_size=2, compiled=False, limit=None):
-        key = f"{precision}, {memory_format}" + (", compiled" if compiled else "")
-        asked.append(key)
-        if key not in seconds:
-            raise RuntimeError("no kernel")
-        return seconds[key], (outputs or {}).get(precision, torch.tensor([1.0, 2.0]))
+    def pretend(capability):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla P100-PCIE-16GB")
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90"])
 
-    monkeypatch.setattr(device, "_time", fake)
-    return asked
-
-
-def cpu(precision, memory_format):
-    return {"fp32, channels_last": 1.0, "fp32, contiguous": 1.5, f"{precision}, {memory_format}": 0.5}
+    return pretend
 
 
-def model(channels):
-    """Networks of different size do not share what is remembered."""
-    return UNet(7, channels, 1)
+def test_a_card_that_runs_no_kernel_stops_with_the_ways_out(gpu, monkeypatch):
+    gpu((6, 0))
+    monkeypatch.setattr(torch, "ones", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("no kernel image\nmore")))
+    with pytest.raises(UserError) as stopped:
+        device.pick_device()
+    said = str(stopped.value)
+    assert "Tesla P100-PCIE-16GB (sm_60) cannot be used" in said and "built for sm_75 sm_90: no kernel image" in said
+    assert "T4 x2" in said and "CUDA_VISIBLE_DEVICES" in said
 
 
-def test_the_fastest_is_chosen_said_and_remembered(monkeypatch):
-    asked = timings(monkeypatch, cpu("bf16", "channels_last"))
-    chosen = device.choose(model(1), SIZE)
-    assert (chosen.precision, chosen.memory_format, chosen.compile) == ("bf16", "channels_last", False)
-    assert str(chosen).startswith("bf16, channels_last: a step of 2 images took 0.5 s; fp32 channels_last 1 s")
-    assert len(asked) == 4
-    assert device.choose(model(1), SIZE) == chosen and len(asked) == 4
-    device.choose(model(1), (64, 32))
-    assert len(asked) == 8
+def test_the_build_for_old_cards_is_the_pinned_one_from_pytorchs_own_index():
+    lines = [line for line in (ROOT / "requirements-pascal.txt").read_text().splitlines() if not line.startswith("#")]
+    index, *packages = lines
+    assert f"pip install {' '.join(packages)} {index}" in device.WAYS_OUT and "whl/cu126" in index
 
 
-def test_the_default_stays_unless_another_is_clearly_faster(monkeypatch):
-    timings(monkeypatch, {"fp32, channels_last": 1.0, "bf16, contiguous": 0.95})
-    assert str(device.choose(model(2), SIZE)).startswith("fp32, channels_last")
+def test_a_kernel_with_a_wrong_result_stops_too(gpu, monkeypatch):
+    gpu((9, 0))
+    monkeypatch.setattr(torch, "ones", lambda *a, **k: torch.zeros(8))
+    with pytest.raises(UserError, match="a first kernel gave a wrong result"):
+        device.pick_device()
 
 
-def test_a_precision_whose_output_disagrees_is_not_chosen(monkeypatch):
-    timings(monkeypatch, cpu("bf16", "channels_last"), {"bf16": torch.tensor([9.0, -3.0])})
-    assert device.choose(model(3), SIZE).precision == "fp32"
-    timings(monkeypatch, cpu("bf16", "channels_last"), {"bf16": torch.tensor([torch.nan, 2.0])})
-    assert device.choose(model(4), SIZE).precision == "fp32"
+@pytest.mark.parametrize("cuda, expected", [(None, "is a build for CPUs"), ("13.0", "needs a driver for CUDA 13.0")])
+def test_the_cpu_beside_a_gpu_is_never_silent(monkeypatch, tmp_path, cuda, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU 0: Tesla T4'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.warns(UserWarning, match=f"computing on the CPU although this machine has a GPU: .*{expected}"):
+        assert device.pick_device().type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert device.unused_gpu() == ""  # hidden on purpose
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    tool.write_text("#!/bin/sh\necho 'Failed to initialize NVML'; exit 18\n")
+    assert device.unused_gpu() == ""  # the driver's tools are installed, and there is no card
 
 
-def test_what_cannot_run_here_is_passed_over(monkeypatch):
-    timings(monkeypatch, {"fp32, contiguous": 2.0})
-    assert str(device.choose(model(5), SIZE)).startswith("fp32, contiguous")
+@pytest.mark.parametrize("capability, precision", [
+    ((5, 0), "fp32"), ((6, 0), "fp32"), ((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((8, 9), "bf16"),
+    ((9, 0), "bf16"), ((12, 0), "bf16"),
+])  # fmt: skip
+def test_precision_on_a_gpu_follows_its_generation(monkeypatch, capability, precision):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: capability)
+    assert device.precision_rule(torch.device("cuda")) == precision
 
 
-def test_what_is_asked_for_is_not_measured(monkeypatch):
-    asked = timings(monkeypatch, {})
-    chosen = device.choose(model(6), SIZE, precision="bf16", memory_format="contiguous", compiled="yes")
-    assert (chosen.precision, chosen.memory_format, chosen.compile) == ("bf16", "contiguous", True) and not asked
+@pytest.mark.parametrize("flags, precision", [
+    ("fpu avx2", "fp32"), ("avx512f avx512_bf16", "bf16"), ("amx_bf16 amx_tile", "bf16"), (None, "fp32"),
+])  # fmt: skip
+def test_precision_on_a_cpu_follows_its_instructions(monkeypatch, flags, precision):
+    monkeypatch.setattr(Path, "is_file", lambda self: flags is not None)
+    monkeypatch.setattr(Path, "read_text", lambda self: f"flags : {flags}\n")
+    assert device.precision_rule(torch.device("cpu")) == precision
 
 
-def test_compiling_has_to_repay_itself(monkeypatch):
-    seconds = {"fp32, channels_last": 0.1, "fp32, channels_last, compiled": 0.05}
-    how = {"precision": "fp32", "memory_format": "channels_last"}
-    asked = timings(monkeypatch, seconds)
-    assert not device.choose(model(7), SIZE, 10**6, **how).compile and not asked  # a CPU
-    monkeypatch.setattr(device, "can_compile", lambda where: True)
-    assert not device.choose(model(7), SIZE, 100, **how).compile and len(asked) == 1  # a run of ten seconds
-    assert device.choose(model(7), SIZE, 10**6, **how).compile and len(asked) == 3
-    assert not device.choose(model(7), SIZE, 10**6, compiled="no", **how).compile and len(asked) == 3
-    timings(monkeypatch, seconds | {"fp32, channels_last, compiled": 0.095})
-    assert not device.choose(model(7), SIZE, 10**6, **how).compile
-    timings(monkeypatch, {"fp32, channels_last": 0.1})  # the compiler fails
-    assert not device.choose(model(7), SIZE, 10**6, **how).compile
-
-
-def test_measuring_leaves_the_network_as_it_was():
-    network = UNet(7, 4, 2).eval()
-    before = {key: value.clone() for key, value in network.state_dict().items()}
-    seconds, logits = device._time(network, SIZE, "fp32", "channels_last")
-    assert seconds > 0 and logits.shape == (2, 7, 32, 32)
-    assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
-    assert not network.training and all(weight.grad is None for weight in network.parameters())
-
-
-def test_only_whole_batches_go_through_the_compiled_network(monkeypatch):
-    seen = []
-
-    def compile_(network, dynamic):
-        return lambda images: seen.append(len(images)) or network(images)
-
-    monkeypatch.setattr(torch, "compile", compile_)
-    trainer = Trainer(UNet(7, 4, 2), 10, 1e-3, 0.01, "fp32", "contiguous", compiled=True)
-    for size in (4, 4, 3):
-        trainer.step(torch.rand(size, 3, 32, 32), torch.zeros(size, 32, 32, dtype=torch.long), lambda a, b: a.mean())
-    assert seen == [4, 4]
-
-
-def test_free_memory_is_known_and_keeping_it_does_no_harm():
-    assert 2**20 < memory.free_bytes() < 2**50
-    memory.keep_freed()
-    memory.keep_freed()
-    memory.hand_back()
+def test_autocast_is_what_it_says():
+    layer, image = torch.nn.Conv2d(3, 2, 1), torch.rand(1, 3, 4, 4)
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        with device.autocast(torch.device("cpu"), precision):
+            assert layer(image).dtype == dtype

@@ -56,7 +56,7 @@ class Tracker:
             try:
                 self.run, why = wandb.init(id=self.record["id"], **options), ""
                 break
-            except wandb.errors.Error as error:
+            except Exception as error:  # of W&B, or of its service that has died
                 why = f"{str(error).strip()[:100]};"
                 wandb.teardown()
                 if "previously created and deleted" not in why:
@@ -71,10 +71,9 @@ class Tracker:
         for name in ("val/miou", "val/accuracy"):
             self.run.define_metric(name, step_metric="epoch", summary="max")
         if online and self.config["init_sha256"] and not why:
+            stage = checkpoint.read_about(Path(self.config["settings"]["init"]))["stage"]
             with contextlib.suppress(Exception):  # the parent was logged elsewhere, or offline
-                stage = checkpoint.load_weights(Path(self.config["settings"]["init"]))[1]["stage"]
-                parent = f"unet-{stage}:{alias(self.config['init_sha256'])}"
-                bounded(4, lambda: self.run.use_artifact(parent))
+                bounded(4, lambda: self.run.use_artifact(f"unet-{stage}:{alias(self.config['init_sha256'])}"))
 
     def options(self, settings) -> dict:
         """Arguments of wandb.init; what the environment and `wandb init` say wins over our defaults."""
@@ -83,8 +82,8 @@ class Tracker:
         facts |= {f"{name}_sha256": split["sha256"] for name, split in self.config["data"].items()}
         options = {"dir": str(self.folder), "config": facts, "resume": "allow", "mode": settings.mode}
         options |= {"project": ours["project"] or settings.project or "unetseg", "job_type": ours["stage"]}
-        options |= {} if settings.run_name else {"name": f"{self.folder.name}-seed{ours['seed']}"}
-        return options | ({} if settings.run_group else {"group": self.folder.resolve().parent.name})
+        options |= {"name": settings.run_name or f"{self.folder.name}-seed{ours['seed']}"}
+        return options | {"group": settings.run_group or self.folder.resolve().parent.name}
 
     def log(self, row: dict) -> None:
         """Log a row of the history and, now and then, what the network makes of the same few val images."""
@@ -104,31 +103,35 @@ class Tracker:
         confusion, sha256 = best["confusion"].numpy(), checkpoint.weights_sha256(self.folder)
         counts = under_rule(confusion, self.state.void)
         rows = [[names[t], names[p], int(counts[t, p])] for t, p in np.ndindex(counts.shape)]
-        table = wandb.Table(columns=["Actual", "Predicted", "nPredictions"], data=rows)
+        table = wandb.Table(["Actual", "Predicted", "nPredictions"], rows)
         fields, columns = {key: key for key in table.columns}, ("iou", "precision", "recall", "f1")
         score = scores(confusion, names, self.state.void)["classes"]
         logged = {"best/pictures": overlays(*predictions(best_model(self.folder)[0], self.val_set, PICTURES), names)}
         title = {"title": "val, pixels"}
         logged["best/confusion"] = wandb.plot_table("wandb/confusion_matrix/v1", table, fields, title)
         rows = [[name, *(found[key] for key in columns)] for name, found in score.items()]
-        self.run.log(logged | {"best/classes": wandb.Table(columns=["class", *columns], data=rows)})
+        logged["best/classes"] = wandb.Table(["class", *columns], rows)
         facts = {"epoch": best["epoch"], "val_miou": best["val_miou"], "sha256": sha256}
         artifact = wandb.Artifact(f"unet-{self.config['settings']['stage']}", type="model", metadata=facts)
         artifact.add_file(str(weights))
-        bounded(5, lambda: self.run.log_artifact(artifact, aliases=["best", alias(sha256)]))
+
+        def send() -> None:  # tables and files ask the server first, which may not answer
+            self.run.log(logged)
+            self.run.log_artifact(artifact, aliases=["best", alias(sha256)])
+
         self.record["best"] = sha256
+        bounded(6, send)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if not self.run:
             return
         failed, done = kind is not None and issubclass(kind, Exception), len(self.state.history)
-        with print_problems():
+        with print_problems(f"; to upload it later: {self.upload_command()}"):
             if not failed and done == self.config["cycles"][-1] and self.state.best:
                 self.log_best()
         with print_problems(f"; to upload the rest later: {self.upload_command()}"):
-            self.record["epochs"] = done
-            bounded(10, lambda: self.run.finish(int(failed)))
-            write_json(self.folder / RECORD, self.record)
+            write_json(self.folder / RECORD, self.record | {"epochs": done})
+            bounded(8, lambda: self.run.finish(int(failed)))
 
     def upload_command(self) -> str:
         """What uploads this session later: of several sessions the oldest first."""

@@ -59,7 +59,7 @@ class Record:
     """What became of one pair; `full_resolution` and `resized` are pixels per class, void last."""
 
     stem: str
-    source: int = 0  # CRC-32 of the source files
+    source: tuple[int, ...] = ()  # CRC-32 of the image file and of the label file
     crc32: int = 0  # of the processed pixels
     source_size: tuple[int, int] = (0, 0)
     full_resolution: list[int] = field(default_factory=list)
@@ -110,9 +110,9 @@ def process(job: tuple[Pair, list[tuple[Path, Record]]], staging: Path, split: s
     cv2.setNumThreads(1)
     try:
         contents = [read_bytes(path) for path in (pair.image, pair.labels) if path]
-        source = zlib.crc32(contents[-1], zlib.crc32(contents[0]) if pair.labels else 0)
+        source = tuple(map(zlib.crc32, contents))
         for folder, record in earlier:
-            if record.source == source and take(folder, staging, split, record, recipe):
+            if tuple(record.source) == source and take(folder, staging, split, record, recipe):
                 return replace(record, reused=True)
         return make(pair, contents, staging, split, recipe, source)
     except UserError as error:
@@ -151,7 +151,9 @@ def link(old: Path, new: Path) -> None:
         shutil.copyfile(old, new)
 
 
-def make(pair: Pair, contents: list[bytes], staging: Path, split: str, recipe: Recipe, source: int) -> Record:
+def make(
+    pair: Pair, contents: list[bytes], staging: Path, split: str, recipe: Recipe, source: tuple[int, ...]
+) -> Record:
     """Check, shrink and write one pair."""
     layout = next(layout for layout in LAYOUTS if layout.name == recipe.layout)
     class_set, (image_path, mask_path) = CLASS_SETS[recipe.class_set], pair_paths(staging, split, pair.stem)
@@ -270,13 +272,11 @@ def check_output(out: Path, root: Path, layout: Layout) -> None:
 
 
 def same_source(stats: Path, root: Path, layout: Layout) -> bool:
-    """Whether some file that this split was made from lies, with the same content, in the raw data set."""
+    """Whether some image that this split was made from lies, with the same content, in the raw data set."""
     split, files = stats.stem.removeprefix("stats_"), read_json(stats)["files"]
     for pair in layout.pairs(root, split)[0] if split in layout.found_splits(root) else ():
         with suppress(UserError):
-            contents = [read_bytes(path) for path in (pair.image, pair.labels) if path]
-            source = zlib.crc32(contents[-1], zlib.crc32(contents[0]) if pair.labels else 0)
-            if pair.stem in files and files[pair.stem]["source"] == source:
+            if pair.stem in files and files[pair.stem]["source"][0] == zlib.crc32(read_bytes(pair.image)):
                 return True
     return False
 
