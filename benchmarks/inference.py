@@ -29,13 +29,13 @@ from measure import (
     save,
     settle,
 )
+from unetseg.trainer import forward
 
 from unetseg import device, engine, inference, memory, pictures, scenes
 from unetseg.classes import CLASS_SETS
 from unetseg.data import Batches
 from unetseg.losses import cross_entropy
 from unetseg.model import UNet
-from unetseg.trainer import forward
 
 SIZE, CLASSES = (256, 256), CLASS_SETS["cityscapes7"]
 AGAINST = "decode + forward + encode, summed"

@@ -17,6 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from measure import RESULTS, SCRIPT, Contender, environment, processed_scenes, run_quietly
 from start import repeat_pairs
+from unetseg.trainer import Trainer
 
 from unetseg import device, inference, plots
 from unetseg.augment import basic
@@ -24,7 +25,6 @@ from unetseg.data import Batches, load_split
 from unetseg.files import write_json
 from unetseg.losses import cross_entropy
 from unetseg.model import UNet
-from unetseg.trainer import Trainer
 
 REPEATS = 3
 SIDES = (128, 192, 256, 384, 512, 768, 1024)

@@ -25,13 +25,14 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from unetseg.trainer import Trainer
+
 from unetseg import checkpoint, scenes, stages
 from unetseg.data import Batches, load_split
 from unetseg.device import device_name
 from unetseg.files import write_json
 from unetseg.losses import ce_dice
 from unetseg.model import UNet
-from unetseg.trainer import Trainer
 
 TRAIN = "import sys; from unetseg import engine, __main__; engine.SAVE_SECONDS = 0.2; sys.exit(__main__.main())"
 PRESETS = {"quick 16/4": (16, 4), "default 32/4": (32, 4), "published 64/3": (64, 3), "31 M, 64/4": (64, 4)}

@@ -23,13 +23,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+from unetseg.session import Session
+from unetseg.trainer import Trainer, forward
 
 from unetseg import device, engine, memory, stages
 from unetseg.data import Batches
 from unetseg.losses import cross_entropy
 from unetseg.model import UNet
-from unetseg.session import Session
-from unetseg.trainer import Trainer, forward
 
 BATCH, SIZE, STEPS = 8, 256, 1
 

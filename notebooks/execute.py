@@ -74,7 +74,7 @@ def execute(source: Path, target: Path, settings: dict) -> None:
     notebook = nbformat.read(source, as_version=4)
     change_settings(notebook, settings)
     options = {"timeout": None, "record_timing": False, "coalesce_streams": True}
-    options["extra_arguments"] = ["--log-level=ERROR"]  # the kernel would warn that it talks to us over TCP
+    options["extra_arguments"] = ["--log-level=CRITICAL"]  # not what the kernel says of its sockets
     client = Client(notebook, resources={"metadata": {"path": ROOT}}, **options)
     errors: list[BaseException] = []
 

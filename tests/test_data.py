@@ -57,7 +57,7 @@ def test_without_val_a_fifth_of_train_is_held_out_and_said(copy):
     assert len(val.checked) == 1 and not set(train.checked) & set(val.checked) and len(train.checked) == 5
     assert "held out" in val.note and "held out" in train.note
     assert scored_split(copy) == "val" and len(load_split(copy, "val")) == 1
-    with pytest.raises(UserError, match="expected the split 'test', found no stats_test.json"):
+    with pytest.raises(UserError, match=r"expected the split 'test', found no stats_test.json"):
         load_split(copy, "test")
 
 
@@ -187,7 +187,7 @@ def test_instance_boxes_are_components_largest_first(processed):
     train_set.masks[0, 0, 0] = 4  # too small
     boxes, num = instance_boxes(train_set)
     assert num[0] == 2 and boxes[0, :2].tolist() == [[40, 20, 50, 30], [4, 2, 10, 8]]
-    with pytest.raises(UserError, match="aim_at: expected some of background, .*; found dragon"):
+    with pytest.raises(UserError, match=r"aim_at: expected some of background, .*; found dragon"):
         instance_boxes(train_set, ("dragon",))
 
 

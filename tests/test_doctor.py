@@ -4,20 +4,21 @@ import shutil
 
 import pytest
 import torch
+from conftest import command
 
-from unetseg import capability, doctor, stages
-from unetseg.__main__ import main
+from unetseg import device
+from unetseg.files import UserError
+from unetseg.tools import doctor
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Without the twenty steps of the default network: a tenth of a second per image."""
-    monkeypatch.setattr(stages, "seconds_per_image", lambda model, size, chosen: 0.1)
-    monkeypatch.setattr(doctor, "UNet", lambda classes: torch.nn.Conv2d(3, classes, 1))
+    """Without measured steps: a tenth of a second per image."""
+    monkeypatch.setattr(doctor, "seconds_per_image", lambda num_classes, size: 0.1)
 
 
 def examined(capsys, *arguments):
-    status = main(["doctor", *map(str, arguments)])
+    status = command("doctor", *arguments)
     return status, capsys.readouterr().out
 
 
@@ -26,11 +27,11 @@ def test_no_gpu_no_data_and_no_key_are_states(quick, capsys, monkeypatch):
     monkeypatch.setenv("HOME", "/nonexistent")
     status, said = examined(capsys)
     assert status == 0 and said.endswith("\nready\n")
-    assert "none given" in said and "no key" in said and "torch " in said and "GiB free" in said
-    # 100 epochs of 2975 + 250 / 3 images, then 30 and 30, at a tenth of a second
     assert (
-        "scratch 8.5 h, weighted_ce 2.5 h, ce_dice 2.5 h" in said and "13.6 h, takes 2 Kaggle sessions of 12 h" in said
+        "none given" in said and "no key" in said and "torch " in said and "GiB free" in said and "precision " in said
     )
+    # 100 epochs of 2975 + 250 / 3 images, then 30 and 30, at a tenth of a second
+    assert "scratch 8.5 h, weighted_ce 2.5 h, ce_dice 2.5 h" in said and "13.6 h, takes 2 Kaggle sessions" in said
 
 
 def test_processed_data_are_described(quick, capsys, processed):
@@ -47,59 +48,59 @@ def test_raw_data_are_described(quick, capsys, raw):
     assert "train: 6 pairs of 256x128, ids " in said and "val: 4 pairs" in said
 
 
-def test_raw_data_without_a_pair_are_the_thing_to_change(quick, capsys, raw, tmp_path):
-    shutil.copytree(raw, tmp_path / "raw")
-    shutil.rmtree(tmp_path / "raw" / "gtFine" / "train")
-    (tmp_path / "raw" / "gtFine" / "train").mkdir()
-    status, said = examined(capsys, "--data", tmp_path / "raw")
-    assert status == 1 and "expected pairs of image and labels in train, found none" in said
+def spoil_labels(root):
+    shutil.rmtree(root / "gtFine" / "train")
+    (root / "gtFine" / "train").mkdir()
 
 
-def test_raw_data_without_train_or_with_half_a_file_are_the_thing_to_change(quick, capsys, raw, tmp_path):
-    shutil.copytree(raw, tmp_path / "raw")
-    picture = sorted((tmp_path / "raw" / "leftImg8bit" / "train").rglob("*.png"))[2]
-    picture.write_bytes(picture.read_bytes()[:100])
-    status, said = examined(capsys, "--data", tmp_path / "raw")
-    assert status == 1 and f"{picture}: expected a whole PNG file" in said and "1 truncated files" in said
+def spoil_train(root):
     for part in ("leftImg8bit", "gtFine"):
-        shutil.rmtree(tmp_path / "raw" / part / "train")
+        shutil.rmtree(root / part / "train")
+
+
+def spoil_picture(root):
+    picture = sorted((root / "leftImg8bit" / "train").rglob("*.png"))[2]
+    picture.write_bytes(picture.read_bytes()[:100])
+
+
+@pytest.mark.parametrize("spoil, expected", [
+    (spoil_labels, "expected pairs of image and labels in train, found none"),
+    (spoil_train, "expected a split train, found val"),
+    (spoil_picture, "expected a complete PNG file (1 are truncated)"),
+])  # fmt: skip
+def test_spoiled_raw_data_are_the_thing_to_change(quick, capsys, raw, tmp_path, spoil, expected):
+    shutil.copytree(raw, tmp_path / "raw")
+    spoil(tmp_path / "raw")
     status, said = examined(capsys, "--data", tmp_path / "raw")
-    assert status == 1 and "expected a split train, found val" in said
+    assert status == 1 and expected in said and "to change    " in said
+
+
+def test_data_that_cannot_be_used_are_the_thing_to_change(quick, capsys, processed, tmp_path):
+    status, said = examined(capsys, "--data", tmp_path)
+    assert status == 1 and "expected leftImg8bit/ and gtFine/" in said
+    broken = shutil.copytree(processed, tmp_path / "broken")
+    next((broken / "images_processed" / "val").iterdir()).unlink()
+    next((broken / "masks_processed" / "train").iterdir()).write_bytes(b"cut off")
+    status, said = examined(capsys, "--data", broken)
+    assert status == 1 and "rerun preprocessing" in said and not said.endswith("ready\n")
 
 
 def test_settings_that_wandb_refuses_are_the_thing_to_change(quick, capsys, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offlin")
     status, said = examined(capsys)
-    assert status == 1 and "to change    mend W&B's settings" in said
-
-
-def test_data_that_cannot_be_used_are_the_thing_to_change(quick, capsys, processed, tmp_path):
-    status, said = examined(capsys, "--data", tmp_path)
-    assert status == 1 and "to change    " in said and "expected leftImg8bit/ and gtFine/" in said
-    broken = tmp_path / "broken"
-    shutil.copytree(processed, broken)
-    next((broken / "images_processed" / "val").iterdir()).write_bytes(b"cut off")
-    status, said = examined(capsys, "--data", broken)
-    assert status == 1 and "cannot be used" in said and ".npy: expected the .npy array" in said
-    next((broken / "masks_processed" / "train").iterdir()).unlink()
-    status, said = examined(capsys, "--data", broken)
-    assert status == 1 and "image without a mask" in said and not said.endswith("ready\n")
+    assert status == 1 and "to change    W&B cannot be used" in said
 
 
 def test_a_gpu_without_kernels_is_the_thing_to_change(quick, capsys, monkeypatch):
     def refuse(index):
-        raise capability.NoKernels("no code for it. What to do: T4 x2")
+        raise UserError("P100 (sm_60) cannot be used. What to do: T4 x2")
 
-    facts = type("Facts", (), {"name": "P100", "major": 6, "minor": 0, "total_memory": 16 << 30})
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
-    monkeypatch.setattr(capability, "require_kernels", refuse)
+    monkeypatch.setattr(device, "require_kernels", refuse)
     status, said = examined(capsys)
-    assert status == 1 and "P100, sm_60, 16 GiB: cannot be used" in said and said.endswith("What to do: T4 x2\n")
+    assert status == 1 and said.endswith("What to do: T4 x2\n")
 
 
-def test_twenty_steps_are_measured(processed):
-    model = stages.UNet(7, 4, 1)
-    chosen = stages.device.Choice("fp32", "contiguous", False, "")
-    assert 0 < stages.seconds_per_image(model, (32, 16), chosen) < 10
+def test_steps_are_measured():
+    assert 0 < doctor.seconds_per_image(7, (32, 16), channels=2) < 10
+    assert [doctor.duration(hours) for hours in (2, 0.5)] == ["2.0 h", "30.0 min"]

@@ -4,13 +4,13 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
+import nbformat
 import pytest
 import render
+from conftest import ROOT
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -60,3 +60,21 @@ def test_other_notebooks_on_request(tmp_path, monkeypatch):
     given = ROOT / "notebooks" / f"{NAMES[0]}.ipynb"
     monkeypatch.setattr(sys, "argv", ["render.py", str(given), "--out", str(tmp_path / "deep" / "er")])
     assert render.main() == 0 and [page.stem for page in (tmp_path / "deep" / "er").iterdir()] == [NAMES[0]]
+
+
+def test_a_hostile_notebook_runs_and_loads_nothing_and_a_broken_one_is_named(tmp_path, monkeypatch, capsys):
+    html = "<img src=x onerror=alert(1)><script>alert(2)</script><a href='javascript:alert(3)'>x</a><iframe src='http://x'>"
+    output = nbformat.v4.new_output("display_data", {"text/html": html, "application/javascript": "alert(4)"})
+    cells = [nbformat.v4.new_markdown_cell(f"# {html}\n![remote](http://example.org/a.png)")]
+    cells.append(nbformat.v4.new_code_cell("print(1)", outputs=[output]))
+    hostile, broken = tmp_path / "hostile.ipynb", tmp_path / "broken.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), hostile)
+    broken.write_text("{")
+    monkeypatch.setattr(sys, "argv", ["render.py", str(broken), str(hostile), "--out", str(tmp_path / "out")])
+    assert render.main() == 1 and f"left out: {broken}" in capsys.readouterr().err
+    page = (tmp_path / "out" / "hostile.html").read_text(encoding="utf-8")
+    assert page.index("Content-Security-Policy") < page.index("<style")
+    assert "default-src 'none'" in page and "script-src" not in page
+    for part in ("<script", "<iframe", "javascript:alert"):
+        assert part not in page.lower(), part
+    assert not re.search(r"<[^>]*\bonerror", page)

@@ -10,12 +10,16 @@ from pathlib import Path
 import execute
 import nbformat
 import pytest
+from conftest import ROOT, without_timings
 from nbclient import NotebookClient
 
-from unetseg import checkpoint, place, stages
-from unetseg.session import Session
+from unetseg import checkpoint, run
+from unetseg.files import UserError, write_json
+from unetseg.settings import Settings
+from unetseg.tools import kaggle as place
+from unetseg.tools import preprocess
+from unetseg.train import Stopper
 
-ROOT = Path(__file__).resolve().parents[1]
 SECRETS = """
 class UserSecretsClient:
     def get_secret(self, label):
@@ -29,7 +33,7 @@ RUNS = ["scratch", "weighted_ce", "ce_dice"]
 
 def code(target):
     """What a user uploads of this repository."""
-    listed = subprocess.check_output(["git", "-C", ROOT, "ls-files", "unetseg", "preprocessing"], text=True)
+    listed = subprocess.check_output(["git", "-C", ROOT, "ls-files", "unetseg"], text=True)
     for name in listed.splitlines():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, target / name)
@@ -110,7 +114,7 @@ def test_the_three_notebooks_one_session_each(kaggle, raw, monkeypatch):
         else:
             assert "data: /kaggle/input/notebooks/me/scratch/runs/processed, attached" in said
             assert "runs/scratch: 1 epochs, copied from /kaggle/input/notebooks/me/scratch/runs/scratch" in said
-            parent = stages.fingerprint(str(runs / "scratch"))
+            parent = checkpoint.weights_sha256(runs / "scratch")
             assert json.loads((runs / stage / "config.json").read_text())["init_sha256"] == parent
         names = {path.name for path in (runs / stage).iterdir()}
         assert names >= {"model.safetensors", "config.json", "history.csv", "state.pt", "results_test.json", "wandb"}
@@ -126,7 +130,7 @@ def test_nothing_attached_but_the_code(kaggle, monkeypatch):
     shutil.rmtree(kaggle / "input")
     code(kaggle / "input" / "unetseg" / "unetseg-main")  # as a zip file from a website unpacks
     said = session(kaggle, execute.NOTEBOOKS["scratch"], monkeypatch, **TINY)
-    assert "nothing is attached, so street scenes are drawn" in said and "train: all 64 train images" in said
+    assert "no pictures are attached, so street scenes are drawn" in said and "train: all 64 train images" in said
 
 
 @pytest.fixture
@@ -136,70 +140,66 @@ def mounts(tmp_path, monkeypatch):
     return tmp_path / "kaggle" / "input"
 
 
-def test_an_earlier_session_is_gone_on_with(mounts, processed, tmp_path, monkeypatch):
+def attach(folder, epochs, **spoiled):
+    """A run folder of ours with so many epochs of 9."""
+    folder.mkdir(parents=True)
+    config = {"format": checkpoint.FORMAT, "settings": {"stage": "scratch"}, "cycles": [9], "init_sha256": None}
+    config |= {
+        "class_set": "c",
+        "classes": [],
+        "width": 8,
+        "height": 8,
+        "data": {name: {"sha256": ""} for name in ("train", "val")},
+    }
+    write_json(folder / "config.json", config | spoiled)
+    (folder / "state.pt").write_text(str(epochs))
+    checkpoint.write_history(folder, [{"epoch": n + 1} for n in range(epochs)])
+
+
+def test_an_earlier_session_is_resumed(mounts, processed, tmp_path, monkeypatch):
     """The output of a session that ended in the second epoch, attached read-only: same end as without the break."""
-    facts = {"channels": 4, "depth": 2, "epochs": 2, "batch_size": 4, "precision": "fp32"}
-    facts |= {"data": str(processed), "stage": "scratch"}
-    whole = stages.Settings(out=str(tmp_path / "whole" / "scratch"), **facts)
-    expected = stages.train(whole, *stages.load_sets(whole))
-    first = stages.Settings(out=str(mounts / "notebooks" / "me" / "unetseg" / "runs" / "scratch"), **facts)
+    facts = {"channels": 4, "depth": 2, "epochs": 2, "batch_size": 4, "precision": "fp32", "data": str(processed)}
+    expected = run.train(Settings(out=tmp_path / "whole" / "scratch", **facts))
+    first = Settings(out=mounts / "notebooks" / "me" / "unetseg" / "runs" / "scratch", **facts)
     with monkeypatch.context() as patch:
         patch.setattr(
-            Session, "over", lambda self, reserve: "time" if (Path(first.out) / "history.csv").exists() else ""
+            Stopper, "reason", lambda self, reserve: "time" * (Path(first.out) / "model.safetensors").exists()
         )
-        assert len(stages.train(first, *stages.load_sets(first))) == 1
+        assert len(run.train(first)) == 1
     make_read_only(mounts)
-    again = stages.Settings(out=str(tmp_path / "runs" / "scratch"), **facts)
-    again = place.settle(again)
-    history = stages.train(again, *stages.load_sets(again))
-    keys = ("epoch", "train_loss", "val_loss", "val_miou", "lr")
-    assert [[row[key] for key in keys] for row in history] == [[row[key] for key in keys] for row in expected]
-    ids = [(Path(run) / "wandb_id.txt").read_text() for run in (first.out, again.out)]
+    again = place.prepare(Settings(out=tmp_path / "runs" / "scratch", **facts))
+    assert without_timings(run.train(again)) == without_timings(expected)
+    ids = [json.loads((Path(folder) / "wandb.json").read_text())["id"] for folder in (first.out, again.out)]
     assert ids[0] == ids[1]
     subprocess.run(["chmod", "-R", "u+w", mounts], check=True)
 
 
 def test_of_several_earlier_sessions_the_one_that_came_furthest(mounts, tmp_path, capsys):
     for name, epochs in (("a", 3), ("b", 7), ("c", 5)):
-        run = mounts / "notebooks" / "me" / name / "runs" / "scratch"
-        run.mkdir(parents=True)
-        (run / "config.json").write_text('{"stage": "scratch"}')
-        (run / "model.safetensors").write_text(name)
-        rows = [dict.fromkeys(checkpoint.COLUMNS, 0.5) | {"epoch": float(n + 1)} for n in range(epochs)]
-        checkpoint.write_history(run, rows)
+        attach(mounts / "notebooks" / "me" / name / "runs" / "scratch", epochs)
     place.bring_runs(tmp_path / "runs")
-    assert (tmp_path / "runs" / "scratch" / "model.safetensors").read_text() == "b"
+    assert (tmp_path / "runs" / "scratch" / "state.pt").read_text() == "7"
     place.bring_runs(tmp_path / "runs")  # and what is there stays
     assert capsys.readouterr().out.count("copied from") == 1
 
 
-def test_runs_keep_their_names(mounts, tmp_path):
+def test_runs_keep_their_names_and_others_models_are_passed_over(mounts, tmp_path):
     """A seed's run, or a control of the same stage, is not taken for the first stage."""
     for name in ("seed1", "control"):
-        run = mounts / "notebooks" / "me" / "all" / "runs" / name
-        run.mkdir(parents=True)
-        (run / "config.json").write_text('{"stage": "scratch"}')
-        (run / "model.safetensors").write_text(name)
+        attach(mounts / "notebooks" / "me" / "all" / "runs" / name, 0)
+    for number, config in enumerate(("[]", '{"stage": ["scratch"]}', '{"format": 2}', "no JSON")):
+        (mounts / f"model{number}").mkdir()
+        (mounts / f"model{number}" / "model.safetensors").write_text("x")
+        (mounts / f"model{number}" / "config.json").write_text(config)
     place.bring_runs(tmp_path / "runs")
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["control", "seed1"]
 
 
-def test_data_begun_by_hand_are_finished(mounts, tmp_path, monkeypatch):
-    """Not made beside them for hours, only to find the name taken."""
-    (tmp_path / "runs" / "processed" / "images_processed").mkdir(parents=True)
+def test_data_begun_in_an_earlier_session_are_finished(mounts, tmp_path, monkeypatch):
     monkeypatch.setattr(place, "DRAWN", {"train": 2, "val": 2})
+    (tmp_path / "runs" / "processed" / ".unfinished" / "images_processed").mkdir(parents=True)
     assert place.find_data(tmp_path / "runs") == tmp_path / "runs" / "processed"
     assert (tmp_path / "runs" / "processed" / "stats_val.json").is_file()
-
-
-def test_a_session_that_ended_in_its_first_epoch_is_gone_on_with(mounts, tmp_path):
-    """It has a state, and no weights yet."""
-    run = mounts / "unetseg-output" / "runs" / "scratch"
-    run.mkdir(parents=True)
-    (run / "config.json").write_text('{"stage": "scratch"}')
-    (run / "state.pt").write_text("state")
-    place.bring_runs(tmp_path / "runs")
-    assert (tmp_path / "runs" / "scratch" / "state.pt").read_text() == "state"
 
 
 def test_the_two_archives_of_cityscapes_side_by_side(mounts, raw, tmp_path):
@@ -212,49 +212,38 @@ def test_the_two_archives_of_cityscapes_side_by_side(mounts, raw, tmp_path):
     assert len(list((found / "leftImg8bit").rglob("*.png"))) == 10
 
 
-def test_what_is_not_taken_is_said(mounts, raw, processed, tmp_path, monkeypatch, capsys):
-    """A first trial's output beside the raw data it was a trial for; then data in a layout that is not known."""
+def test_what_is_not_used_is_said(mounts, raw, processed, tmp_path, capsys):
+    """A first trial's output beside the raw data it was a trial for."""
     shutil.copytree(processed, mounts / "notebooks" / "me" / "trial" / "runs" / "processed")
     shutil.copytree(raw, mounts / "datasets" / "me" / "cityscapes")
     place.find_data(tmp_path / "runs")
-    assert f"attached (not taken: {mounts / 'datasets' / 'me' / 'cityscapes'})" in capsys.readouterr().out
-    shutil.rmtree(mounts)
+    assert f"attached (not used: {mounts / 'datasets' / 'me' / 'cityscapes'})" in capsys.readouterr().out
+
+
+def test_pictures_in_an_unknown_layout_are_an_error_and_no_scenes_are_drawn(mounts, raw, tmp_path):
     code(mounts / "unetseg")
     (mounts / "unetseg" / "figure.png").touch()
-    pictures = mounts / "datasets" / "me" / "camvid" / "train"
-    shutil.copytree(next((raw / "leftImg8bit" / "train").iterdir()), pictures)
-    monkeypatch.setattr(place, "DRAWN", {"train": 2, "val": 2})
-    place.find_data(tmp_path / "runs")
-    assert f"data: nothing in a known layout, only pictures in {pictures}, is attached" in capsys.readouterr().out
+    shutil.copytree(next((raw / "leftImg8bit" / "train").iterdir()), mounts / "datasets" / "me" / "camvid" / "frames")
+    with pytest.raises(UserError, match=r"expected leftImg8bit/ and gtFine/ .*; found frames"):
+        place.find_data(tmp_path / "runs")
 
 
 def test_one_archive_of_cityscapes_alone_is_no_reason_to_draw_scenes(mounts, raw, tmp_path):
     shutil.copytree(raw / "leftImg8bit", mounts / "datasets" / "me" / "cityscapes" / "leftImg8bit")
-    with pytest.raises(ValueError, match="expected gtFine to go with it, found none; attach both"):
+    with pytest.raises(UserError, match="expected gtFine beside it, found none; attach both"):
         place.find_data(tmp_path / "runs")
-
-
-def test_other_peoples_models_are_passed_over(mounts, tmp_path):
-    for number, config in enumerate(("[]", '{"stage": ["scratch"]}', '{"stage": "sdxl"}', "no JSON")):
-        model = mounts / f"model{number}"
-        model.mkdir()
-        (model / "model.safetensors").write_text("x")
-        (model / "config.json").write_text(config)
-    place.bring_runs(tmp_path / "runs")
-    assert not (tmp_path / "runs").exists()
 
 
 def test_half_processed_data_are_not_taken_for_whole(mounts, raw, processed, tmp_path, capsys):
     """The output of a session that ended in preprocessing, beside the raw data; then beside whole ones, two of them."""
-    output = mounts / "notebooks" / "me" / "all" / "runs" / place.UNFINISHED
-    shutil.copytree(processed, output)
+    shutil.copytree(processed, mounts / "notebooks" / "me" / "all" / "runs" / "processed" / preprocess.UNFINISHED)
     shutil.copytree(raw, mounts / "datasets" / "me" / "scenes")
     assert place.find_data(tmp_path / "runs") == tmp_path / "runs" / "processed"
     assert "made from" in capsys.readouterr().out
     for name in ("a", "b"):
         shutil.copytree(processed, mounts / name)
     assert place.find_data(tmp_path / "other") == mounts / "a"
-    assert f"attached (not taken: {mounts / 'b'}, " in capsys.readouterr().out
+    assert f"attached (not used: {mounts / 'b'}, " in capsys.readouterr().out
 
 
 def test_without_the_secret_runs_are_offline(mounts, monkeypatch, capsys):
@@ -293,6 +282,6 @@ def test_the_kaggle_package_accepts_the_metadata(folder, monkeypatch, tmp_path, 
     assert request.machine_shape == "NvidiaTeslaT4" and request.enable_gpu and request.enable_internet
     assert request.is_private and request.dataset_data_sources == ["USERNAME/unetseg", "USERNAME/street-scenes"]
     pushed = nbformat.reads(request.text, as_version=4)
-    assert "stages.train" in "".join(cell.source for cell in pushed.cells)
+    assert "run.train" in "".join(cell.source for cell in pushed.cells)
     slugs = {json.loads(path.read_text())["id"] for path in (ROOT / "kaggle").glob("*/*-metadata.json")}
     assert {*request.dataset_data_sources, *request.kernel_data_sources} <= slugs

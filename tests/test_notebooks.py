@@ -1,17 +1,22 @@
 """The notebooks as committed, and as they run."""
 
 import json
+import signal
+import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import execute
 import nbformat
 import pytest
 import run_all
+from conftest import ROOT
 
-from unetseg.stages import Settings
+from unetseg.settings import KNOBS
+from unetseg.tools import layouts
 
-ROOT = Path(__file__).resolve().parents[1]
 HEADINGS = ["Question and answer", "Settings", "Data", "Model and loss", "Training", "Results", "What this shows"]
 
 
@@ -55,18 +60,19 @@ def test_the_first_cell_is_the_same_in_all_three():
 
 def test_the_main_job_from_raw_scenes_to_the_report(raw, tmp_path, monkeypatch, capfd):
     """What `make run DATA=... QUICK=1` does, at a tiny size: preprocessing, the three notebooks, report, summary."""
-    monkeypatch.setattr(run_all, "QUICK_SIZE", {"cityscapes": "64x32"})
+    small = replace(layouts.LAYOUTS[0], quick_size="64x32")
+    monkeypatch.setattr(run_all, "find_layout", lambda root: small)
     monkeypatch.setattr(run_all, "QUICK_CHANNELS", 4)
     monkeypatch.setattr(run_all, "QUICK_IMAGES", dict.fromkeys(execute.NOTEBOOKS, 1))
     monkeypatch.setattr(sys, "argv", ["run_all.py", "--data", str(raw), "--out", str(tmp_path), "--quick"])
     assert run_all.main() == 0
-    home = tmp_path / f"{raw.name}-quick"
+    home = run_all.home_of(raw, tmp_path, True)
     for stage, name in execute.NOTEBOOKS.items():
         done = nbformat.read(home / "notebooks" / name, as_version=4)
         assert not [o for cell in code_cells(done) for o in cell.outputs if o.output_type == "error"]
         assert "**Answer.** mIoU" in done.cells[0].source
         config = json.loads((home / stage / "config.json").read_text())
-        assert (config["settings"]["epochs"], config["stage"], config["width"]) == (2, stage, 64)
+        assert (config["cycles"], config["settings"]["stage"], config["width"]) == ([2], stage, 64)
     assert {path.name for path in (home / "pictures").iterdir()} >= {"samples.jpg", "predictions.jpg", "stages.png"}
     assert (home / "UNet_Model_Training_Report.pdf").read_bytes().startswith(b"%PDF")
     said = capfd.readouterr().out
@@ -76,12 +82,60 @@ def test_the_main_job_from_raw_scenes_to_the_report(raw, tmp_path, monkeypatch, 
 def test_settings_are_changed_in_the_cell_that_shows_them(committed):
     execute.change_settings(committed, {"epochs": 7, "out": "else where"})
     source = next(cell.source for cell in committed.cells if "parameters" in cell.metadata.get("tags", []))
-    assert "    epochs=7,  # passes" in source and '    out="else where",  # the run folder' in source
+    assert "    epochs=7,  # passes" in source and '    out="else where",  # run folder' in source
     with pytest.raises(ValueError, match="expected a setting nosuch"):
         execute.change_settings(committed, {"nosuch": 1})
 
 
-def test_every_setting_in_the_notebooks_exists(committed):
+def test_the_settings_cell_says_what_the_declaration_says(committed):
     source = next(cell.source for cell in committed.cells if "parameters" in cell.metadata.get("tags", []))
-    names = [line.split("=")[0].strip() for line in source.splitlines() if line.startswith("    ")]
-    assert names and set(names) <= set(Settings.__dataclass_fields__)
+    lines = [line.strip() for line in source.splitlines() if line.startswith("    ")]
+    assert len(lines) > 10
+    for line in lines:
+        name, text = line.split("=")[0], line.split(",  # ")[1]
+        assert text == KNOBS[name].metadata["help"], name
+
+
+def test_each_data_set_has_a_folder_of_its_own(tmp_path):
+    (tmp_path / "a" / "cam").mkdir(parents=True)
+    (tmp_path / "b" / "cam").mkdir(parents=True)
+    homes = {run_all.home_of(data, tmp_path, False) for data in (tmp_path / "a" / "cam", tmp_path / "b" / "cam")}
+    homes |= {run_all.home_of(tmp_path / "drawn", tmp_path, False), run_all.home_of(None, tmp_path, False)}
+    homes |= {run_all.home_of(Path("/x/$(touch owned)\n/"), tmp_path, True)}
+    assert len(homes) == 5 and all(home.parent == tmp_path and home.name.isprintable() for home in homes)
+
+
+@pytest.mark.parametrize("options", [["--data", ""], ["--out", ""], ["--data", "/nowhere"]])
+def test_a_wrong_path_is_one_line(options, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run_all.py", *options])
+    if options[1]:
+        assert run_all.main() == 1
+    else:
+        with pytest.raises(SystemExit):
+            run_all.main()
+    assert ("error: " in (said := capsys.readouterr().err)) and "Traceback" not in said
+
+
+def test_an_interrupt_reaches_the_notebook_which_saves(processed, tmp_path):
+    """As in `make run`: the first Ctrl-C is obeyed, without a traceback of the notebook client."""
+    script = tmp_path / "script.py"
+    settings = {"data": str(processed), "out": str(tmp_path / "scratch"), "channels": 4, "epochs": 5000}
+    script.write_text(f"""
+import sys
+sys.path[:0] = [{str(ROOT / "notebooks")!r}]
+import execute, pathlib
+source = pathlib.Path({str(ROOT / "notebooks")!r}, execute.NOTEBOOKS["scratch"])
+try:
+    execute.execute(source, pathlib.Path({str(tmp_path / "done.ipynb")!r}), {settings!r})
+except KeyboardInterrupt:
+    sys.exit(130)
+""")
+    process = subprocess.Popen([sys.executable, script], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "scratch" / "history.csv").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in err and "SIGINT, stopped in epoch" in err, err
+    assert (tmp_path / "scratch" / "state.pt").exists() and (tmp_path / "done.ipynb").exists()

@@ -1,6 +1,5 @@
 """Preprocessing: what is computed, what is refused, and that a processed split is one thing, whatever happens."""
 
-import io
 import json
 import os
 import re

@@ -1,18 +1,19 @@
 """The report and the README say what the results files say."""
 
+import json
+import re
 import shutil
-from pathlib import Path
 
 import build
 import numpy as np
 import pytest
+from conftest import ROOT
 
-from unetseg import plots, stages
+from unetseg import plots, run
 from unetseg.classes import CLASS_SETS
-from unetseg.files import read_json
+from unetseg.files import UserError, read_json
 from unetseg.inference import evaluate_run
-
-ROOT = Path(__file__).resolve().parents[1]
+from unetseg.settings import PRESETS, Settings
 
 
 @pytest.fixture(scope="module")
@@ -20,12 +21,9 @@ def home(processed, tmp_path_factory):
     """What a finished main job leaves, at a tiny size."""
     home = tmp_path_factory.mktemp("homes") / "tiny"
     shutil.copytree(processed, home / "processed")
-    for stage in stages.STAGES:
-        init = {} if stage == "scratch" else {"init": str(home / "scratch")}
-        tiny = {"epochs": 1, "precision": "fp32"} | ({"channels": 4, "depth": 2} if stage == "scratch" else {})
-        settings = stages.Settings(stage, str(home / "processed"), str(home / stage), **init, **tiny)
-        settings = stages.resolve(settings)
-        stages.train(settings, *stages.load_sets(settings))
+    for stage in PRESETS:
+        tiny = {"channels": 4, "depth": 2} if stage == "scratch" else {"init": home / "scratch"}
+        run.train(Settings(stage, home / "processed", home / stage, epochs=1, **tiny), log=print)
         evaluate_run(home / stage, home / "processed")
     return home
 
@@ -38,7 +36,7 @@ def test_a_report_is_built_from_run_folders_and_the_same_twice(home, tmp_path):
 
 def test_collect_repeats_the_scores_on_disk(home):
     collected = build.collect(home)
-    for stage in stages.STAGES:
+    for stage in PRESETS:
         on_disk = read_json(home / stage / "results_test.json")["rules"]["ignore"]
         assert collected["runs"][stage]["scores"]["mIoU"] == on_disk["miou"]
         assert len(collected["runs"][stage]["history"]) == 1
@@ -46,8 +44,22 @@ def test_collect_repeats_the_scores_on_disk(home):
 
 def test_collect_without_scores_says_what_to_do(home, tmp_path):
     shutil.copytree(home / "scratch", tmp_path / "scratch", ignore=shutil.ignore_patterns("results_*"))
-    with pytest.raises(ValueError, match="unetseg evaluate"):
+    with pytest.raises(UserError, match="unetseg evaluate"):
         build.collect(tmp_path)
+
+
+def test_names_in_results_reach_readme_and_report_as_text(home, tmp_path):
+    """Names of folders, classes and runs: no markup, no link, no marker, no path."""
+    hostile = ["<img src=x onerror=alert(1)>", "[x](javascript:alert(1))", "../../up", "![](http://example.org/x.png)",
+               "#import \"x\"", "*$x$*", "<!-- end of results -->", "a | b"]  # fmt: skip
+    collected = build.collect(home)
+    text = json.dumps(collected)
+    for old, new in zip(("background", "road", "building", "vehicle", "person", "vegetation", "sky", "tiny"), hostile):
+        text = text.replace(json.dumps(old), json.dumps(new))
+    shown = build.readme_results([json.loads(text)])
+    assert not re.search(r"(?<!\\)[\[\]<>`*!~]", shown) and "&lt;img" in shown and "a \\| b" in shown
+    pdf = build.build(tmp_path, [collected | {"name": name} for name in hostile], tmp_path / "a.pdf")
+    assert pdf.read_bytes().startswith(b"%PDF") and {path.name for path in tmp_path.iterdir()} == {"a.pdf"}
 
 
 def test_the_readme_shows_the_committed_results():

@@ -13,8 +13,9 @@ from unetseg import run
 from unetseg.__main__ import main
 from unetseg.losses import LOSSES, cross_entropy
 
-SITTING = "settings classes processed data augment losses model metrics train run checkpoint distributed device".split()
-AROUND = "__init__ __main__ images inference tracking plots files".split()
+SITTING = ["settings", "classes", "processed", "data", "augment", "losses", "model", "metrics"]
+SITTING += ["train", "run", "checkpoint", "distributed", "device"]
+AROUND = ["__init__", "__main__", "images", "inference", "tracking", "plots", "files"]
 BUDGETS = {  # lines, docstrings and comments included, blank ones not
     "the sitting": ([f"unetseg/{name}.py" for name in SITTING], 1350),
     "around it": ([f"unetseg/{name}.py" for name in AROUND], 750),

@@ -74,7 +74,7 @@ def bring_runs(home: Path) -> None:
                 continue  # somebody else's model
     for name, runs in found.items():
         if not (home / name).exists():
-            epochs, run = max(runs)
+            epochs, run = max(runs, key=lambda found: found[0])
             unfinished = home / f".{name}.copying"
             shutil.rmtree(unfinished, ignore_errors=True)
             shutil.copytree(run, unfinished, ignore=shutil.ignore_patterns("wandb", ".*"))
@@ -90,7 +90,7 @@ def find_data(home: Path) -> Path:
     if (processed / "stats_train.json").is_file():
         print(f"data: {processed}, made before")
         return processed
-    ready = [folder for folder in folders if (folder / "stats_train.json").is_file()]
+    ready = [f for f in folders if (f / "stats_train.json").is_file() and f.name != preprocess.UNFINISHED]
     if ready:
         others = [*ready[1:], *filter(is_raw, folders)]
         others = f" (not used: {', '.join(map(str, others))})" if others else ""
