@@ -137,5 +137,5 @@ except KeyboardInterrupt:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and "Traceback" not in err and "SIGINT, stopped in epoch" in err, err
+    assert process.returncode == 130 and "Traceback" not in err, err
     assert (tmp_path / "scratch" / "state.pt").exists() and (tmp_path / "done.ipynb").exists()

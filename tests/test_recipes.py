@@ -1,0 +1,53 @@
+"""docs/changing-things.md, each recipe followed exactly as it is printed, in a copy of the library."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+TEXT = (ROOT / "docs" / "changing-things.md").read_text(encoding="utf-8")
+RECIPES = {part.splitlines()[0]: part for part in TEXT.split("\n## ")[1:]}
+STEP = re.compile(r"(?:(At the end of|As) `([^`]+)`[^\n]*\n\n)?```(python|bash)\n(.*?)```", re.DOTALL)
+EXPECTED = {
+    "A loss": ("runs/focal/history.csv", "train_loss"),
+    "A network": ("runs/smp/results_test.json", '"parameters": 14'),
+    "An augmentation": ("runs/blur/config.json", '"blur"'),
+    "A data set": ("runs/roads/config.json", '"road"'),
+    "A metric": ("runs/metric/results_test.json", '"fwiou"'),
+    "TensorBoard": ("runs/logged/history.csv", "train_loss"),
+}
+
+
+@pytest.mark.parametrize("title", RECIPES)
+def test_a_recipe_works_as_printed(title, processed, tmp_path):
+    shutil.copytree(ROOT / "unetseg", tmp_path / "unetseg", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(processed, tmp_path / "processed")
+    for split in ("train", "val"):
+        for kind, array in (("images", np.zeros((64, 64, 3), np.uint8)), ("masks", np.eye(64, dtype=np.uint8))):
+            (tmp_path / "raw_roads" / kind / split).mkdir(parents=True)
+            for number in range(3):
+                Image.fromarray(array).save(tmp_path / "raw_roads" / kind / split / f"{number}.png")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "WANDB_MODE": "disabled"}
+    lines = 0
+    for verb, name, language, block in STEP.findall(RECIPES[title]):
+        lines += len(block.splitlines())
+        if language == "python":
+            with open(tmp_path / name, "a", encoding="utf-8") as file:
+                file.write(f"\n\n{block}" if verb == "At the end of" else block)
+            continue
+        for command in block.splitlines():
+            parts = [sys.executable, *command.split()[1:]]
+            done = subprocess.run(parts, cwd=tmp_path, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+    path, text = next(found for start, found in EXPECTED.items() if title.startswith(start))
+    assert 2 < lines < 20 and text in (tmp_path / path).read_text()
+
+
+def test_there_are_six_recipes():
+    assert len(RECIPES) == len(EXPECTED) == 6
