@@ -1,4 +1,4 @@
-"""What the benchmarks share: contenders in processes of their own, interleaved repeats, a table and a JSON file."""
+"""What the benchmarks share: contenders in processes of their own, interleaved rounds, a table and a JSON file."""
 
 import os
 import platform
@@ -18,44 +18,31 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from unetseg import scenes, stages
+from unetseg import run
 from unetseg.data import SegmentationSet, load_split
 from unetseg.device import device_name, pick_device
-from unetseg.files import write_json
+from unetseg.files import make_folder, write_json
+from unetseg.tools import scenes
 
-SCRIPT = ROOT / "preprocessing" / "image_segmentation_preprocessing.py"
 SHARED = Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data"))
 RESULTS = ROOT / "benchmarks" / "results"
-PRESETS = {"quick": (16, 4), "default": (32, 4), "published": (64, 3), "31 M": (64, 4)}
-REPEATS = 5
+PRESETS = {"quick": (16, 4), "default": (32, 4), "published": (64, 3)}  # channels, depth
+ROUNDS = 5
 
 
 @dataclass
 class Row:
-    """One line of a table: the ratio of each round, against what, and what was aimed at ("≥ 2.5", "≤ 1.05", "")."""
+    """One line of a table: the ratio (theirs / ours, in time) of each round, and the seconds of both."""
 
     what: str
     against: str
-    target: str
     ratios: list[float]
     seconds: dict[str, list[float]] = field(default_factory=dict)
     notes: dict = field(default_factory=dict)
 
-    @property
-    def median(self) -> float:
-        return statistics.median(self.ratios)
-
-    @property
-    def met(self) -> bool | None:
-        if not self.target:
-            return None
-        sign, aim = self.target.split()
-        return self.median >= float(aim) if sign == "≥" else self.median <= float(aim)
-
     def __str__(self) -> str:
-        verdict = {True: "met", False: "MISSED", None: ""}[self.met]
-        spread = f"{self.median:.2f} ({min(self.ratios):.2f}-{max(self.ratios):.2f})"
-        return f"{self.what:<72} {self.against:<56} {spread:>19}  {self.target:<6} {verdict}"
+        spread = f"{statistics.median(self.ratios):.2f} ({min(self.ratios):.2f}-{max(self.ratios):.2f})"
+        return f"{self.what:<60} {self.against:<50} {spread:>19}  {self.notes}"
 
 
 class Contender:
@@ -67,13 +54,12 @@ class Contender:
         self.process = context.Process(target=_serve, args=(theirs, make, args))
         self.process.start()
         theirs.close()
-        self.peak = self.run()[1]  # to warm up
+        self.run()  # to warm up
 
-    def run(self) -> tuple[float, float]:
-        """Seconds of one step, and the process's peak memory so far in MiB."""
+    def run(self) -> float:
+        """Seconds of one step."""
         self.pipe.send("go")
-        seconds, self.peak = self.pipe.recv()
-        return seconds, self.peak
+        return self.pipe.recv()
 
     def __enter__(self) -> "Contender":
         return self
@@ -92,89 +78,63 @@ def _serve(pipe: Connection, make: Callable, args: tuple) -> None:
         while pipe.recv() == "go":
             start = time.perf_counter()
             step()
-            pipe.send((time.perf_counter() - start, peak_memory()))
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            pipe.send(time.perf_counter() - start)
 
 
-def settle() -> None:
-    """Wait for a GPU."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def peak_memory() -> float:
-    """The most memory this process has had, in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
-
-
-def compare(
-    what: str, against: str, target: str, ours: Callable[[], float], theirs: Callable[[], float], **notes: object
-) -> Row:
-    """Run both in turn, REPEATS times; each gives its seconds. The ratio: ours / theirs for "≤", else the inverse."""
-    rounds = [(ours(), theirs()) for _ in range(REPEATS)]
-    ratios = [b / a if not target.startswith("≤") else a / b for a, b in rounds]
-    row = Row(what, against, target, ratios, {"ours": [a for a, _ in rounds], "theirs": [b for _, b in rounds]}, notes)
+def compare(what: str, against: str, ours: Callable, theirs: Callable, images: int = 0) -> Row:
+    """Run both in turn, ROUNDS times; each gives its seconds. images: that our step processes, for images/s."""
+    rounds = [(ours(), theirs()) for _ in range(ROUNDS)]
+    seconds = {"ours": [a for a, _ in rounds], "theirs": [b for _, b in rounds]}
+    notes = {"images_per_second": round(images / statistics.median(seconds["ours"]), 2)} if images else {}
+    row = Row(what, against, [b / a for a, b in rounds], seconds, notes)
     print(row, flush=True)
     return row
 
 
-def compare_processes(what: str, against: str, target: str, ours: tuple, theirs: tuple, **notes: object) -> Row:
+def compare_processes(what: str, against: str, ours: tuple, theirs: tuple, images: int = 0) -> Row:
     """`compare` for two Contenders, given as (make, *arguments)."""
     with Contender(*ours) as a, Contender(*theirs) as b:
-        row = compare(what, against, target, lambda: a.run()[0], lambda: b.run()[0], **notes)
-        row.notes["peak_mebibytes"] = {"ours": a.peak, "theirs": b.peak}
-    return row
+        return compare(what, against, a.run, b.run, images)
 
 
 def environment() -> dict:
-    """What the figures hold for."""
-    device = pick_device()
-    return {
-        "device": device_name(device),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "opencv": cv2.__version__,
-        "commit": commit(),
-    }
-
-
-def commit() -> str:
-    """The commit measured; the results of other benchmarks do not make it dirty."""
+    """What the figures hold for; the results of other benchmarks do not make the commit dirty."""
     where = ("--", ".", ":!benchmarks/results", ":!README.md")
     command = ["git", "-C", str(ROOT), "status", "--porcelain", "-uno", *where]
     changed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    return stages.commit() if changed else stages.commit().removesuffix("-dirty")
+    commit = run.commit() if changed else run.commit().removesuffix("-dirty")
+    facts = {"device": device_name(pick_device()), "cores": os.cpu_count(), "python": platform.python_version()}
+    return facts | {"torch": str(torch.__version__), "opencv": cv2.__version__, "commit": commit}
 
 
-def save(name: str, rows: list[Row], **more: object) -> None:
-    """Write RESULTS/<name>.json; on a GPU, report/results/speed/<name>.json."""
-    folder = RESULTS if pick_device().type == "cpu" else ROOT / "report" / "results" / "speed"
-    table = [asdict(row) | {"median": row.median, "met": row.met} for row in rows]
-    write_json(folder / f"{name}.json", {"name": name, **environment(), "rows": table, **more})
-    print(f"written to {(folder / name).relative_to(ROOT)}.json")
+def save(name: str, rows: list[Row]) -> None:
+    """Write RESULTS/<name>.json."""
+    write_json(RESULTS / f"{name}.json", {"name": name, **environment(), "rows": [asdict(row) for row in rows]})
 
 
-def processed_scenes(home: Path, num_images: int, size: int = 256) -> Path:
-    """A processed folder of drawn scenes, drawn once: `num_images` train images at size x size."""
-    raw, processed = home / f"raw{num_images}", home / f"processed{num_images}_{size}"
-    if not processed.is_dir():
-        scenes.draw_dataset(raw, {"train": num_images, "val": 16}, (512, 256), seed=0)
-        run_quietly([SCRIPT, "--data_dir", raw, "--output_dir", processed, "--size", size])
+def processed_scenes(home: Path, size: int = 256) -> Path:
+    """A processed folder of 64 drawn train scenes at size x size, made once."""
+    raw, processed = home / "raw", home / f"processed{size}"
+    if not (processed / "stats_val.json").is_file():
+        scenes.draw_dataset(make_folder(raw), {"train": 64, "val": 16}, (512, 256), seed=0)
+        quietly("preprocess", "--data-dir", raw, "--output-dir", processed, "--size", size)
     return processed
 
 
-def load(processed: Path, num_images: int) -> SegmentationSet:
-    """Its training set, repeated to so many images."""
-    loaded = load_split(processed, "train")
+def load(home: Path, num_images: int) -> SegmentationSet:
+    """Its training set, repeated or cut to so many images."""
+    loaded = load_split(processed_scenes(home), "train")
     rows = torch.arange(num_images) % len(loaded)
-    facts = loaded.split, loaded.class_set, loaded.images[rows], loaded.masks[rows], loaded.num_pixels[rows.numpy()]
-    return SegmentationSet(*facts, loaded.sha256)
+    facts = loaded.images[rows], loaded.masks[rows], loaded.num_pixels[rows.numpy()]
+    return SegmentationSet(loaded.split, loaded.class_set, *facts)
 
 
-def run_quietly(command: list) -> float:
-    """Seconds that a command of Python takes. Raises CalledProcessError when it fails."""
+def quietly(*command: object) -> float:
+    """Seconds that `python -m unetseg` takes with these arguments. Raises CalledProcessError when it fails."""
     start = time.perf_counter()
-    environment = os.environ | {"WANDB_MODE": "disabled", "TQDM_DISABLE": "1"}
-    subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True, env=environment)
+    variables = {"WANDB_MODE": "disabled", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
+    parts = [sys.executable, "-m", "unetseg", *map(str, command)]
+    subprocess.run(parts, check=True, capture_output=True, env=os.environ | variables)
     return time.perf_counter() - start

@@ -14,12 +14,11 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from unetseg import inference, stages
-from unetseg.checkpoint import CONFIG
-from unetseg.files import read_json, write_json
+from unetseg import checkpoint, inference, run
+from unetseg.files import write_json
+from unetseg.settings import PRESETS, TITLES, Settings
 
-TITLES = {name: stage.title for name, stage in stages.STAGES.items()}
-TITLES = {"scratch": TITLES.pop("scratch"), "control": "more epochs of CE (control)", **TITLES}
+TITLES = {"scratch": TITLES["scratch"], "control": "more epochs of CE (control)"} | TITLES
 
 
 def train_and_score(name: str, args: argparse.Namespace, seed: int) -> dict:
@@ -29,15 +28,14 @@ def train_and_score(name: str, args: argparse.Namespace, seed: int) -> dict:
     if name == "scratch":
         settings |= {"epochs": args.epochs, "channels": args.channels}
     else:
-        settings |= {"epochs": args.tune_epochs, "init": str(home / "scratch"), "lr": stages.STAGES["ce_dice"].lr}
-    settings = stages.resolve(stages.Settings(**settings, seed=seed, precision=args.precision))
-    stages.train(settings, *stages.load_sets(settings))
+        settings |= {"epochs": args.tune_epochs, "init": str(home / "scratch"), "lr": PRESETS["ce_dice"]["lr"]}
+    run.train(Settings(**settings, seed=seed, precision=args.precision))
     return inference.evaluate_run(home / name, args.data)
 
 
 def summarise(args: argparse.Namespace, found: dict[str, list[dict]]) -> dict:
     """Mean and sample standard deviation over the seeds, with their context."""
-    first, config = found["scratch"][0], read_json(args.out / f"seed{args.seeds[0]}" / "scratch" / CONFIG)
+    first, config = found["scratch"][0], checkpoint.read_config(args.out / f"seed{args.seeds[0]}" / "scratch")
     rows = {}
     for name, results in found.items():
         scores = [inference.headline(result) for result in results]
@@ -51,9 +49,9 @@ def summarise(args: argparse.Namespace, found: dict[str, list[dict]]) -> dict:
     keys = ("split", "split_note", "num_images", "size", "parameters", "device", "torch", "commit", "precision")
     context = {key: first[key] for key in keys} | {
         "void": first["trained_void"],
-        "train_images": config["train_images"],
+        "train_images": len(config["data"]["train"]["images"]),
     }
-    epochs = {"epochs": args.epochs, "tune_epochs": args.tune_epochs, "channels": config["channels"]}
+    epochs = {"epochs": args.epochs, "tune_epochs": args.tune_epochs, "channels": config["settings"]["channels"]}
     classes = list(first["rules"][first["trained_void"]]["classes"])
     return {"name": args.name, "seeds": args.seeds, **context, **epochs, "classes": classes, "stages": rows}
 

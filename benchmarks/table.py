@@ -3,6 +3,7 @@
 python benchmarks/table.py
 """
 
+import statistics
 import sys
 from pathlib import Path
 
@@ -11,24 +12,21 @@ sys.path.insert(0, str(ROOT))
 from unetseg.files import atomic_open, read_json
 
 MARKERS = ("<!-- speed: written by make bench -->", "<!-- end of speed -->")
-NAMES = ("preprocessing", "training", "training_large", "inference", "inference_large", "start")
+NAMES = ("preprocessing", "training", "predict")
 
 
 def markdown(files: list[dict]) -> str:
     """A line per comparison, and below what machine and versions they were taken on."""
-    lines = ["| what | against | ratio (lowest-highest) | target |", "|---|---|---|---|"]
+    lines = ["| what | images/s | against | times as fast (lowest-highest) |", "|---|---|---|---|"]
     for file in files:
         for row in file["rows"]:
-            spread = f"{row['median']:.2f}"
-            if len(row["ratios"]) > 1:
-                spread += f" ({min(row['ratios']):.2f}-{max(row['ratios']):.2f})"
-            missed = "" if row["met"] in (True, None) else ", **missed**"
-            lines.append(f"| {row['what']} | {row['against']} | {spread} | {row['target'] or '–'}{missed} |")
+            ratios = row["ratios"]
+            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+            speed = row["notes"].get("images_per_second", "–")
+            lines.append(f"| {row['what']} | {speed} | {row['against']} | {spread} |")
     about = ("device", "cores", "torch", "opencv", "commit")
     places = {", ".join(f"{key} {file[key]}" for key in about) for file in files}
-    note = (
-        "Ratios of times, medians of five interleaved rounds each; with ≥, baseline / ours, with ≤, ours / baseline. "
-    )
+    note = "Medians of five interleaved rounds. "
     return "\n".join([*lines, "", note + "; ".join(sorted(places)) + "."])
 
 

@@ -1,52 +1,46 @@
-"""What the benchmarks conclude from their times, and that the README says it. The times themselves are not tested."""
+"""What the benchmarks conclude from their times, that the README says it, and the CPU half of the GPU's checks."""
 
+import subprocess
 import sys
 from functools import partial
 
-import pytest
-from conftest import ROOT
-
-sys.path.append(str(ROOT / "benchmarks"))
 import measure
 import table
-import training
-from start import repeat_pairs
+from conftest import ROOT
 
-from unetseg.data import load_split
-from unetseg.model import UNet
+from unetseg.files import read_json
 
 
-@pytest.mark.parametrize(
-    "target, ours, theirs, ratio, met",
-    [
-        ("≥ 2", 1.0, 3.0, 3.0, True),
-        ("≥ 2", 1.0, 1.5, 1.5, False),
-        ("≤ 1.1", 1.0, 2.0, 0.5, True),
-        ("≤ 1.1", 3.0, 2.0, 1.5, False),
-        ("", 1.0, 3.0, 3.0, None),
-    ],
-)
-def test_a_comparison_reads_its_target(target, ours, theirs, ratio, met):
-    row = measure.compare("a", "b", target, lambda: ours, lambda: theirs)
-    assert (row.ratios, row.median, row.met) == ([ratio] * 5, ratio, met)
+def test_a_comparison_is_the_other_ones_time_over_ours():
+    row = measure.compare("a", "b", lambda: 1.0, lambda: 3.0, images=8)
+    assert row.ratios == [3.0] * 5 and row.notes == {"images_per_second": 8.0}
 
 
 def test_contenders_work_and_end():
     with measure.Contender(partial, sum, (1, 2)) as contender:
-        seconds, peak = contender.run()
-        assert seconds >= 0 and peak > 10
+        assert contender.run() >= 0
     assert not contender.process.is_alive()
-
-
-def test_flops_of_the_published_network():
-    assert training.giga_flops(UNet(7, 64, 3), training=False) == pytest.approx(73.6, rel=0.01)
-
-
-def test_a_split_can_be_repeated_under_other_names(processed, tmp_path):
-    repeat_pairs(processed, tmp_path / "many", 20)
-    assert len(load_split(tmp_path / "many", "train")) == 20
 
 
 def test_the_readme_shows_the_committed_speeds():
     files = table.committed()
     assert files and table.markdown(files) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_checks_for_a_gpu_run_on_a_cpu_as_far_as_they_can(tmp_path):
+    command = [
+        sys.executable,
+        "benchmarks/gpu.py",
+        "--out",
+        tmp_path / "gpu.json",
+        "--home",
+        tmp_path,
+        "--seconds",
+        "0",
+    ]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = read_json(tmp_path / "gpu.json")
+    assert found["deterministic_resume"]["equal"] and found["skipped_steps"]["skipped"][0] >= 2
+    assert found["kernel"]["rule"] in ("fp32", "bf16", "fp16") and found["images_per_second"]["quick"]["fp32"] > 0
+    assert len((ROOT / "benchmarks" / "gpu.py").read_text().splitlines()) < 170

@@ -84,10 +84,7 @@ def warp(images: Tensor, masks: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def recolour(images: Tensor, draws: dict) -> Tensor:
-    """Scale brightness, contrast (about the image's mean) and saturation by up to 30 %, in that order.
-
-    All three together are one 3x3 matrix and one offset per image.
-    """
+    """Scale brightness, contrast (about the image's mean), saturation by up to 30 %, as one 3x3 matrix and offset."""
     brightness, contrast, saturation = (between(draws[k], 0.7, 1.3) for k in ("brightness", "contrast", "saturation"))
     gain = brightness * contrast
     offset = (1 - contrast) * brightness * images.mean(dim=(1, 2, 3))
@@ -103,9 +100,8 @@ def occlude(
 ) -> tuple[Tensor, Tensor]:
     """Cover one rectangle of some images with a flat colour, brushed metal, noise, or a patch of another image.
 
-    occlusion  share of images that get an occluder, in [0, 1]
-    aimed      share of the occluders that are placed on an instance, where the image has one
-    occluded   "keep": covered pixels keep their class, which the network must infer; "void": they leave the loss
+    occlusion, aimed  shares in [0, 1]: of images with an occluder, and of occluders placed on an instance
+    occluded          "keep": covered pixels keep their class, which the network must infer; "void": they leave the loss
     After Zhong et al., "Random Erasing", AAAI 2020, and Fong & Vedaldi, "Occlusions for Effective Data Augmentation",
     ICCVW 2019; aiming at instances is ours.
     """

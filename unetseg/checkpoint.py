@@ -38,7 +38,7 @@ def differences(there: dict, here: dict) -> list[str]:
 def save_weights(run: Path, best: dict, config: dict) -> None:
     """Write the best weights as safetensors; all metadata is one JSON text: the same run gives the same bytes."""
     about = {"format": FORMAT, **identity(config), "cycles": config["cycles"]}
-    about |= {key: best[key] for key in ("epoch", "val_miou")}
+    about |= {"epoch": best["epoch"], "val_miou": best["val_miou"]}
     tensors = {key: value.contiguous() for key, value in best["weights"].items()}
     with atomic_open(run / WEIGHTS, durable=True) as file:
         file.write(safetensors.torch.save(tensors, {"unetseg": json.dumps(about, sort_keys=True)}))
@@ -59,10 +59,8 @@ def weights_sha256(run_or_weights: Path) -> str:
 
 
 def read_about(run_or_weights: Path) -> dict:
-    """What weights were trained with: their run's `identity`, epoch and val_miou.
-
-    Raises UserError for a damaged file, and for weights that lie in the folder of another run.
-    """
+    """What weights were trained with: their run's `identity`, epoch and val_miou. Raises UserError for a damaged file,
+    and for weights that lie in the folder of another run."""
     path = weights_path(run_or_weights)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -74,8 +72,8 @@ def read_about(run_or_weights: Path) -> dict:
         about = complete(about) | about
         check(Settings(**{name: about[name] for name in INHERITED}))
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {str(error)[:300]}"
-        raise UserError(f"{path}: expected weights saved by unetseg, found {reason}; copy the file again") from None
+        found = f"{type(error).__name__}: {str(error)[:300]}"
+        raise UserError(f"{path}: expected weights saved by unetseg, found {found}; copy the file again") from None
     if path.parent == run_or_weights and about["format"] == FORMAT:
         config = read_config(run_or_weights)
         cycles = config["cycles"][: len(about["cycles"])]  # a run may have been given more epochs since
@@ -102,7 +100,7 @@ def save_state(run: Path, state: dict, config: dict) -> None:
     """Write the training state: tensors, numbers, texts, lists and dicts. The last one stays until this is complete."""
     if not (run / CONFIG).is_file():
         raise UserError(f"{run}: the run folder was removed during training; nothing more is saved")
-    content = io.BytesIO()  # torch.save hides why it could not write
+    content = io.BytesIO()  # torch.save itself hides why it could not write
     torch.save(state | {"format": FORMAT, "identity": identity(config)}, content)
     with atomic_open(run / STATE, durable=True) as file:
         file.write(content.getbuffer())
@@ -120,9 +118,9 @@ def load_state(run: Path, config: dict) -> dict | None:
     except Exception as error:  # torch has no common base class for the errors of damaged files
         if out_of_memory(error):
             raise
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:100]}"
+        found = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:100]}"
         advice = "start another run from its weights with --init, or delete the file to start anew"
-        raise UserError(f"{path}: expected a training state of this version, found {reason}; {advice}") from None
+        raise UserError(f"{path}: expected a training state of this version, found {found}; {advice}") from None
     if changed := differences(complete(state["identity"]) | state["identity"], identity(config)):
         raise UserError("\n".join([f"{path}: this state is from another run than {CONFIG}:", *changed]))
     return state

@@ -24,12 +24,8 @@ MOST_BOXES, SMALLEST_INSTANCE = 16, 12  # boxes kept per image; pixels that an i
 
 @dataclass
 class SegmentationSet:
-    """One split in memory.
-
-    images      (N, H, W, 3) uint8
-    masks       (N, H, W) uint8 class ids, 255 = void; under void="background" void has become class 0
-    num_pixels  (N, C) pixels per image and class in these masks
-    """
+    """One split in memory: images (N, H, W, 3) uint8, masks (N, H, W) uint8 class ids, 255 = void (class 0 under
+    void="background"), and num_pixels (N, C), the pixels per image and class in these masks."""
 
     split: Split
     class_set: ClassSet
@@ -46,10 +42,8 @@ class SegmentationSet:
         return self.images.shape[2], self.images.shape[1]
 
     def batch(self, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Images (N, 3, H, W) float32 in [0, 1] and masks (N, H, W) int64 of these indices, on `device`.
-
-        A GPU with room for four times as much keeps the whole split.
-        """
+        """Images (N, 3, H, W) float32 in [0, 1] and masks (N, H, W) int64 of these indices, on `device`; a GPU with room
+        for four times as much keeps the whole split."""
         needed = 4 * (self.images.nbytes + self.masks.nbytes)
         if device.type == "cuda" and not self.images.is_cuda and torch.cuda.mem_get_info(device)[0] > needed:
             self.images, self.masks = self.images.to(device), self.masks.to(device)
@@ -59,9 +53,8 @@ class SegmentationSet:
 
 
 def load_split(processed: Path, name: str, void: str = "ignore") -> SegmentationSet:
-    """Read a split of the processed folder into memory, with a thread per core.
+    """Read "train", "val", "test" or "val_all" of the processed folder into memory, with a thread per core.
 
-    name  "train", "val", "test" or "val_all"
     Raises UserError naming every file that is missing, damaged, or not the one that preprocessing wrote.
     """
     split = find_split(processed, name)
@@ -95,10 +88,8 @@ def load_split(processed: Path, name: str, void: str = "ignore") -> Segmentation
 
 @dataclass
 class Batches:
-    """The batches of a data set: in order as they are or, with `settings`, shuffled and augmented.
-
-    Of several processes each gets its share of every batch, which may be empty at the end of an epoch.
-    """
+    """The batches of a data set: in order as they are or, with `settings`, shuffled and augmented. Of several processes
+    each gets its share of every batch, which may be empty at the end of an epoch."""
 
     dataset: SegmentationSet
     batch_size: int
@@ -146,11 +137,8 @@ WEIGHTINGS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {  # of 
 
 
 def class_weights(num_pixels: np.ndarray, weighting: str = "sqrt") -> np.ndarray:
-    """Weights per class (C,), with mean 1 over the classes present; a class never seen gets 1.
-
-    num_pixels  (N, C) pixels per image and class
-    weighting   a name in WEIGHTINGS
-    """
+    """Weights per class (C,), by a name in WEIGHTINGS, from (N, C) pixels per image and class; their mean is 1 over the
+    classes present, and a class never seen gets 1."""
     total, present = num_pixels.sum(axis=0), num_pixels.sum(axis=0) > 0
     pixels_with = ((num_pixels > 0) * num_pixels.sum(axis=1, keepdims=True)).sum(axis=0)  # of images with the class
     found = WEIGHTINGS[weighting](total[present] / total.sum(), total[present] / pixels_with[present])
@@ -170,11 +158,8 @@ def weights_table(dataset: SegmentationSet, weights: np.ndarray) -> str:
 
 
 def instance_boxes(dataset: SegmentationSet, names: tuple[str, ...] | None = None) -> tuple[Tensor, Tensor]:
-    """Bounding boxes of the connected components of some classes (people by default), largest first.
-
-    Returns boxes (N, MOST_BOXES, 4) float x0, y0, x1, y1 and their number per image (N,) int64.
-    Raises SettingsError for a class that the data set does not have.
-    """
+    """Bounding boxes of the connected components of some classes (people by default), largest first: (N, MOST_BOXES, 4)
+    float x0, y0, x1, y1, and their number per image (N,) int64. Raises SettingsError for an unknown class."""
     known = dataset.class_set.names
     names = [name for name in PEOPLE if name in known] if names is None else names
     if unknown := set(names) - set(known):

@@ -22,12 +22,8 @@ class NoSplit(UserError):
 
 @dataclass(frozen=True)
 class Split:
-    """Which files make up a split.
-
-    folder   where they lie: images_processed/<folder>, masks_processed/<folder>
-    checked  stem -> CRC-32 of the decoded image and mask, as preprocessing recorded it
-    note     where the split comes from, in words
-    """
+    """Which files make up a split: those of `folder` whose stems are in `checked`, with the CRC-32 of the decoded image
+    and mask as preprocessing recorded it; `note` says where the split comes from."""
 
     name: str
     folder: str
@@ -48,9 +44,8 @@ class Split:
 def find_split(processed: Path, name: str) -> Split:
     """The files of "train", "val", "test" or "val_all". Raises NoSplit.
 
-    Where stats_val.json says that val is halved (Cityscapes), it is cut into test and val as scikit-learn's
-    train_test_split(indices, test_size=0.5, random_state=42) does (first half returned = test). Without a val folder,
-    a seeded fifth of train is held out.
+    Where val is halved (Cityscapes), test and val are cut as scikit-learn's train_test_split(indices, test_size=0.5,
+    random_state=42) does (first half returned = test). Without a val folder, a seeded fifth of train is held out.
     """
     has_val = (processed / "stats_val.json").is_file()
     halved = has_val and read_stats(processed, "val")["val_is_halved"]
@@ -105,11 +100,8 @@ def pair_paths(processed: Path, folder: str, stem: str) -> tuple[Path, Path]:
 
 
 def read_pair(processed: Path, folder: str, stem: str, num_classes: int, size: tuple[int, int]) -> tuple:
-    """Image (H, W, 3) uint8, mask (H, W) uint8, pixels per class with void last (C + 1,) int64, and their CRC-32.
-
-    size  width, height
-    Raises UserError naming a file that is damaged or has another shape, type or range.
-    """
+    """Image (H, W, 3) uint8, mask (H, W) uint8, pixels per class with void last (C + 1,) int64, and their CRC-32; `size`
+    is width, height. Raises UserError naming a file that is damaged or has another shape, type or range."""
     image_path, mask_path = pair_paths(processed, folder, stem)
     image, mask = read_image(image_path, (*size[::-1], 3)), read_png(mask_path, "L")
     if mask.shape != size[::-1]:

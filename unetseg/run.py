@@ -36,12 +36,10 @@ Sets = tuple[SegmentationSet, SegmentationSet]
 
 
 def train(settings: Settings, log: Callable[[dict], None] | None = None, sets: Sets | None = None) -> list[dict]:
-    """Train a run, or resume it where it was interrupted; returns its history, one dict per epoch.
+    """Train a run, or resume it where it was interrupted; returns its history, which a time limit may cut short.
 
-    With settings.num_processes > 1, or under torchrun, several processes train, each on a GPU of its own.
     log   called with each new row of the history, in place of W&B
     sets  training and val set from `load_sets`, where they are in memory already
-    When the time limit is reached, the history is shorter than settings.epochs and the state is saved.
     Raises UserError when the run folder is another run's or in use, TrainingStopped when training cannot go on.
     """
     stopper = Stopper(settings.max_minutes)
@@ -62,10 +60,8 @@ def train(settings: Settings, log: Callable[[dict], None] | None = None, sets: S
         check_smallest_batch(settings, model, train_set)
         train_batches = Batches(train_set, settings.batch_size, device, settings)
         val_batches = Batches(val_set, settings.batch_size, device)
-        state, loss_fn = (
-            State(model, run, config, len(train_batches), stopper),
-            loss_function(settings, train_set, device),
-        )
+        loss_fn = loss_function(settings, train_set, device)
+        state = State(model, run, config, len(train_batches), stopper)
         if log or distributed.rank() > 0:
             return fit(state, loss_fn, train_batches, val_batches, log or (lambda row: None))
         with Tracker(run, config, val_set, state) as tracker:
@@ -73,18 +69,16 @@ def train(settings: Settings, log: Callable[[dict], None] | None = None, sets: S
 
 
 def resolve(settings: Settings) -> Settings:
-    """The settings with no None left that matters: from the preset, from the weights in `init`, or by default.
-
-    Raises SettingsError for settings that are invalid or contradict `init`.
-    """
+    """The settings with every None filled in: from the preset, from `init`, or by default. Raises SettingsError."""
     settings, known = with_preset(settings), INHERITED
     if settings.init is not None:
         about = checkpoint.read_about(Path(settings.init))
         known = {name: about[name] for name in INHERITED}
         for name in ("model", "channels", "depth"):
             if getattr(settings, name) not in (None, known[name]):
-                found = f"found {getattr(settings, name)}"
-                raise SettingsError(f"{name}: expected {known[name]}, as in {settings.init}; {found}")
+                raise SettingsError(
+                    f"{name}: expected {known[name]} as in {settings.init}, not {getattr(settings, name)}"
+                )
     return replace(settings, **{name: value for name, value in known.items() if getattr(settings, name) is None})
 
 
@@ -95,20 +89,16 @@ def load_sets(settings: Settings) -> Sets:
 
 
 def open_run(settings: Settings, sets: Sets | None = None) -> dict:
-    """The config of the run folder: a new one, or the stored one with what may change when a run resumes.
-
-    Raises UserError, showing the difference, when the folder belongs to another run.
-    """
+    """The config of the run folder: new, or the stored one with what may change in a resumed run. Raises UserError."""
     data, init = Path(settings.data), settings.init
-    splits = dict(
-        zip(("train", "val"), [s.split for s in sets] if sets else [find_split(data, n) for n in ("train", "val")])
-    )
+    splits = [s.split for s in sets] if sets else [find_split(data, name) for name in ("train", "val")]
+    splits = dict(zip(("train", "val"), splits))
     stats, other = (read_stats(data, split.folder) for split in splits.values())
     if (stats["class_set"], stats["size"]) != (other["class_set"], other["size"]):
         raise UserError(f"{data}: train and val have different class sets or sizes; preprocess both again, alike")
     facts = {"class_set": stats["class_set"], "classes": list(CLASS_SETS[stats["class_set"]].names)}
-    facts |= {"width": stats["size"][0], "height": stats["size"][1]}
-    facts |= {"init_sha256": checkpoint.weights_sha256(Path(init)) if init else None}
+    facts |= dict(zip(("width", "height"), stats["size"]))
+    facts["init_sha256"] = checkpoint.weights_sha256(Path(init)) if init else None
     facts["data"] = {n: {"sha256": s.sha256, "note": s.note, "images": s.images} for n, s in splits.items()}
     config = distributed.from_first(partial(merge_config, settings, facts))
     if config["data"] != facts["data"]:
@@ -127,13 +117,11 @@ def merge_config(settings: Settings, facts: dict) -> dict:
     settings = replace(settings, precision=chosen if settings.precision == "auto" else settings.precision)
     session = {"device": device_name(device), "torch": str(torch.__version__), "commit": commit()}
     config = {"format": checkpoint.FORMAT, "settings": asdict(settings), **facts}
-    config |= {"cycles": [settings.epochs], "sessions": [session]}
     if not old:
-        return config
+        return config | {"cycles": [settings.epochs], "sessions": [session]}
     if old["init_sha256"] != facts["init_sha256"] and old["settings"]["init"] == settings.init:
-        warnings.warn(
-            f"{settings.init} has other weights than when this run began; it goes on from its own", stacklevel=2
-        )
+        said = "has other weights than when this run began; it goes on from its own"
+        warnings.warn(f"{settings.init} {said}", stacklevel=2)
         config["init_sha256"] = old["init_sha256"]
     changed = checkpoint.differences(checkpoint.identity(old), checkpoint.identity(config))
     cycles, done = old["cycles"], len(checkpoint.read_history(run))
@@ -142,8 +130,8 @@ def merge_config(settings: Settings, facts: dict) -> dict:
     elif settings.epochs != cycles[-1]:
         changed.append(f"  epochs: {cycles[-1]} there, {settings.epochs} here (a finished run can be given more)")
     if changed:
-        advice = "use another --out, or delete the folder. Different:"
-        raise UserError("\n".join([f"{run} belongs to a run with other settings; {advice}", *changed]))
+        said = f"{run} belongs to a run with other settings; use another --out, or delete the folder. Different:"
+        raise UserError("\n".join([said, *changed]))
     if STATE not in begun and done < cycles[-1]:
         raise UserError(f"{run}: {STATE} is gone, so this run cannot resume; start another one with --init {run}")
     sessions = old["sessions"] + [session] * (session != old["sessions"][-1])
@@ -167,17 +155,16 @@ def initial_model(settings: Settings, config: dict) -> nn.Module:
     if settings.init is None:
         torch.manual_seed(settings.seed)
         return build_model(asdict(settings), len(config["classes"]))
-    init, said = Path(settings.init), []
+    init, done, planned = Path(settings.init), 0, 0
     model, about = checkpoint.load_model(init)
     if about["classes"] != config["classes"]:
         raise UserError(f"{init}: expected the classes {config['classes']}, found {about['classes']}")
     if about["void"] != settings.void:
-        said.append(f'{init} was trained with void="{about["void"]}", this run uses "{settings.void}"')
+        warnings.warn(f'{init} was trained with void="{about["void"]}", this run uses "{settings.void}"', stacklevel=2)
     if init.is_dir() and about["format"] == checkpoint.FORMAT:
         done, planned = len(checkpoint.read_history(init)), checkpoint.read_config(init)["cycles"][-1]
-        said += [f"{init} has {done} of {planned} epochs; its best weights so far are used"] * (done < planned)
-    for remark in said:
-        tqdm.write(f"warning: {remark}", sys.stderr)
+    if done < planned:
+        warnings.warn(f"{init} has {done} of {planned} epochs; its best weights so far are used", stacklevel=2)
     return model
 
 
@@ -196,10 +183,8 @@ def loss_function(settings: Settings, train_set: SegmentationSet, device: torch.
     """The loss as a function of logits and mask, with class weights from the training masks."""
     function, weights = LOSSES[settings.loss], None
     if settings.weighting != "none":
-        weights = torch.tensor(
-            class_weights(train_set.num_pixels, settings.weighting), dtype=torch.float32, device=device
-        )
-    knobs = named_by(function, asdict(settings))
+        weights = torch.from_numpy(class_weights(train_set.num_pixels, settings.weighting)).float().to(device)
+    knobs = named_by(function, vars(settings))
     return partial(function, class_weights=weights, all_sum=distributed.all_sum, **knobs)
 
 
@@ -211,9 +196,9 @@ def augmented(settings: Settings, train_set: SegmentationSet, count: int) -> tup
 
 def summary(history: list[dict]) -> str:
     """The best epoch, in words."""
-    best = max(history, key=lambda row: row["val_miou"], default=None)
-    if best is None:
+    if not history:
         return "no epoch is finished yet; run the same again to resume"
+    best = max(history, key=lambda row: row["val_miou"])
     return f"best val mIoU {best['val_miou']:.4f} at epoch {best['epoch']:.0f} of {len(history)}"
 
 
@@ -226,9 +211,8 @@ def launch(settings: Settings, config: dict, log: Callable[[dict], None] | None)
     environment |= {"PYTHONPATH": os.pathsep.join(paths)} | ({"WANDB_MODE": "disabled"} if log else {})
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
     command, seen = [*torchrun, "-m", "unetseg", "resume", str(run)], len(checkpoint.read_history(run))
-    child = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True, preexec_fn=end_with_parent
-    )
+    options = {"stdout": subprocess.DEVNULL, "start_new_session": True, "preexec_fn": end_with_parent}
+    child = subprocess.Popen(command, env=environment, **options)
     try:
         while child.poll() is None or seen < len(checkpoint.read_history(run)):
             for row in checkpoint.read_history(run)[seen:] if log else ():

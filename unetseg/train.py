@@ -42,7 +42,7 @@ class Pause(Exception):
 class Stopper:
     """Says when to stop early: SIGINT or SIGTERM has come, or the time limit is near.
 
-    Inside its `with` block a first signal only sets `reason`, and is delivered at its end; a second one acts at once.
+    Inside its `with` block a first signal is only noted, and delivered at the end; a second one acts at once.
     """
 
     def __init__(self, max_minutes: float | None = None) -> None:
@@ -76,14 +76,12 @@ class Stopper:
 
 
 class State:
-    """Everything that changes while training: AdamW under one-cycle schedules, history, the best weights.
+    """Everything that changes while training; AdamW (Loshchilov & Hutter, 2019), one-cycle schedules (Smith, 2018).
 
-    run, config      run folder, whose state is loaded, and its config.json; cycles there: last epoch of each schedule
-    history          a row per finished epoch
-    step, seconds    of the running epoch, which has `steps_per_epoch`
-    sums             (4,) float64: loss x images, images, skipped steps in this epoch, and in a row
-    best             epoch, val_miou, weights and confusion (C + 1, C) of the best epoch so far, or None
-    After Loshchilov & Hutter, ICLR 2019 (AdamW), and Smith, 2018 (one-cycle schedule).
+    run, config    run folder, whose state is loaded, and its config.json; cycles there: last epoch of each schedule
+    step, seconds  of the running epoch; `history` has a row per finished one
+    sums           (4,) float64: loss x images, images, skipped steps in this epoch, and in a row
+    best           epoch, val_miou, weights and confusion (C + 1, C) of the best epoch so far, or None
     """
 
     def __init__(self, model: nn.Module, run: Path, config: dict, steps_per_epoch: int, stopper: Stopper) -> None:
@@ -93,8 +91,8 @@ class State:
         self.model = model.to(memory_format=FORMATS[settings["memory_format"]])
         network = distributed.wrap(self.model)
         self.network = torch.compile(network, dynamic=False) if settings["compile"] else network
-        decay, weights = settings["weight_decay"], self.model.parameters()
-        self.optimizer = torch.optim.AdamW(weights, lr=self.lr, weight_decay=decay, fused=True)
+        decay = {"weight_decay": settings["weight_decay"]}
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.lr, fused=True, **decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]  # of BatchNorm
         self.saved, self.cost, self.written = time.monotonic(), 0.0, 0
@@ -157,10 +155,8 @@ class State:
         """Mean loss per image in the running epoch. Raises TrainingStopped after MAX_SKIPPED skipped steps in a row."""
         total, images, _, in_a_row = self.sums.tolist()
         if in_a_row >= MAX_SKIPPED:
-            raise TrainingStopped(
-                f"loss or gradient was not finite in {in_a_row:.0f} steps in a row, up to step {self.step} of epoch "
-                f"{self.epoch}; what was saved is intact. Use a lower lr, in another run folder"
-            )
+            where = f"{in_a_row:.0f} steps in a row, up to step {self.step} of epoch {self.epoch}"
+            raise TrainingStopped(f"loss or gradient was not finite in {where}; use a lower lr, in another run folder")
         return total / images if images else math.nan
 
     def end_epoch(self, row: dict, confusion: np.ndarray) -> None:
@@ -179,7 +175,6 @@ class State:
 def fit(state: State, loss_fn: Callable, train_batches, val_batches, log: Callable[[dict], None]) -> list[dict]:
     """Train from where the state stands to the last epoch of its config; returns the history.
 
-    loss_fn                     function of logits and mask
     train_batches, val_batches  with .epoch(number, first batch) -> iterable of (images, masks, indices)
     log                         called with each epoch's row of the history
     When the stopper ends it early, the history is shorter and the state is saved. Raises TrainingStopped.
