@@ -2,8 +2,8 @@
 
     python benchmarks/gpu.py --out FILE.json [--home FOLDER] [--seconds 3]
 
-Without a GPU the same checks run on the CPU as far as they can, or say "not run". It needs the library's own packages, but
-neither W&B nor a network, and draws its own scenes.
+Without a GPU the same checks run on the CPU as far as they can, or say "not run". It draws its own scenes, and needs the
+library's packages, but neither W&B nor a network.
 """
 
 import argparse

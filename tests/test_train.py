@@ -163,7 +163,7 @@ def test_a_signal_saves_and_is_then_delivered(sets, tmp_path):
 
 def test_an_error_is_not_hidden_by_a_signal():
     stopper = Stopper()
-    with pytest.raises(OSError, match="disk full"), stopper:
+    with pytest.raises(OSError, match="disk full"), stopper.listening():
         signal.raise_signal(signal.SIGINT)
         assert stopper.reason() == "SIGINT"
         raise OSError("disk full")
@@ -172,7 +172,7 @@ def test_an_error_is_not_hidden_by_a_signal():
 def test_an_ignored_signal_stays_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with Stopper() as _:
+        with Stopper().listening():
             assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)

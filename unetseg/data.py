@@ -42,8 +42,8 @@ class SegmentationSet:
         return self.images.shape[2], self.images.shape[1]
 
     def batch(self, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Images (N, 3, H, W) float32 in [0, 1] and masks (N, H, W) int64 of these indices, on `device`; a GPU with room
-        for four times as much keeps the whole split."""
+        """Images (N, 3, H, W) float32 in [0, 1] and masks (N, H, W) int64 of these indices, on `device`. A GPU with
+        room for four times as much keeps the whole split."""
         needed = 4 * (self.images.nbytes + self.masks.nbytes)
         if device.type == "cuda" and not self.images.is_cuda and torch.cuda.mem_get_info(device)[0] > needed:
             self.images, self.masks = self.images.to(device), self.masks.to(device)
@@ -117,14 +117,10 @@ class Batches:
             images, masks = self.dataset.batch(indices, self.device)
             for function, table, knobs in steps if len(indices) else ():
                 draws = dict(zip(function.draws, table[indices].to(self.device).unbind(1), strict=True))
-                images, masks = function(images, masks, draws, self.source(indices), **knobs)
+                aims = self.boxes[indices].to(self.device), self.num_boxes[indices].to(self.device)
+                source = Source(*aims, lambda draw: self.dataset.batch((draw * total).long(), self.device)[0])
+                images, masks = function(images, masks, draws, source, **knobs)
             yield images, masks, indices
-
-    def source(self, indices: Tensor) -> Source:
-        """What augmentations may use besides the batch itself."""
-        boxes, num_boxes = self.boxes[indices].to(self.device), self.num_boxes[indices].to(self.device)
-        total = len(self.dataset)
-        return Source(boxes, num_boxes, lambda draw: self.dataset.batch((draw * total).long(), self.device)[0])
 
 
 WEIGHTINGS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {  # of (share of each class, median frequency)

@@ -100,8 +100,10 @@ def pair_paths(processed: Path, folder: str, stem: str) -> tuple[Path, Path]:
 
 
 def read_pair(processed: Path, folder: str, stem: str, num_classes: int, size: tuple[int, int]) -> tuple:
-    """Image (H, W, 3) uint8, mask (H, W) uint8, pixels per class with void last (C + 1,) int64, and their CRC-32; `size`
-    is width, height. Raises UserError naming a file that is damaged or has another shape, type or range."""
+    """Image (H, W, 3) uint8, mask (H, W) uint8, pixels per class with void last (C + 1,) int64, and their CRC-32.
+
+    Raises UserError naming a file that is damaged or has another shape, type or range.
+    """
     image_path, mask_path = pair_paths(processed, folder, stem)
     image, mask = read_image(image_path, (*size[::-1], 3)), read_png(mask_path, "L")
     if mask.shape != size[::-1]:

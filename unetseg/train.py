@@ -4,6 +4,7 @@ Everything that changes while training lies in one `State`, saved as one file af
 a run that was stopped or killed resumes from it bit for bit.
 """
 
+import contextlib
 import math
 import signal
 import sys
@@ -40,30 +41,29 @@ class Pause(Exception):
 
 
 class Stopper:
-    """Says when to stop early: SIGINT or SIGTERM has come, or the time limit is near.
-
-    Inside its `with` block a first signal is only noted, and delivered at the end; a second one acts at once.
-    """
+    """Says when to stop early: SIGINT or SIGTERM has come, or the time limit is near."""
 
     def __init__(self, max_minutes: float | None = None) -> None:
         self.deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
-        self.received, self.longest, self.looked, self.handlers = 0, 0.0, math.inf, {}
+        self.received, self.longest, self.looked = 0, 0.0, math.inf
 
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
-            self.handlers = {number: signal.signal(number, self.restore) for number in numbers}
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """In this block a first signal is only noted, and delivered at the end; a second one acts at once."""
+        main = threading.current_thread() is threading.main_thread()
+        numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) not in (None, signal.SIG_IGN)]
 
-    def restore(self, number: int = 0, frame: object = None) -> None:
-        """Give signals back their handlers: at the end of the block, or as the handler of the first one."""
-        self.received = self.received or number
-        while self.handlers:
-            number, handler = self.handlers.popitem()
-            signal.signal(number, handler or signal.SIG_DFL)
+        def restore(number: int = 0, frame: object = None) -> None:
+            self.received = self.received or number
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        self.restore()
-        if self.received and error is None:  # an error, such as a save that failed, matters more
+        before = {number: signal.signal(number, restore) for number in numbers if main}
+        try:
+            yield
+        finally:
+            restore()
+        if self.received:  # not after an error, such as a save that failed, which matters more
             signal.raise_signal(self.received)
 
     def reason(self, reserve: float = 0.0) -> str:
@@ -182,7 +182,7 @@ def fit(state: State, loss_fn: Callable, train_batches, val_batches, log: Callab
     num_epochs, size, batch_size = state.config["cycles"][-1], len(train_batches.dataset), train_batches.batch_size
     done = len(state.history) * size + min(state.step * batch_size, size)
     bar = tqdm(desc=state.run.name, total=num_epochs * size, initial=done, unit="img", mininterval=1)
-    with state.stopper, bar:
+    with state.stopper.listening(), bar:
         try:
             while state.epoch <= num_epochs:
                 train_one_epoch(state, state.watch(train_batches.epoch(state.epoch, state.step)), loss_fn, bar)
