@@ -2,16 +2,14 @@
 
     python benchmarks/gpu.py --out FILE.json [--home FOLDER] [--seconds 3]
 
-Without a GPU the same checks run on the CPU as far as they can, or say "not run". It draws its own scenes, and needs the
-library's packages, but neither W&B nor a network.
+Without a GPU the same checks run on the CPU as far as they can, or say "not run". It draws its own scenes, and needs
+the library's packages, but neither W&B nor a network.
 """
 
 import argparse
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,62 +28,50 @@ PRESETS = {"quick": (16, 4), "default": (32, 4), "published": (64, 3), "31 M": (
 CUDA = torch.cuda.is_available()
 
 
-def settings_of(home: Path, name: str, **changes: object) -> Settings:
+def train(home: Path, name: str, **changes: object) -> list[dict]:
+    """A short run of a small network; its history."""
     chosen = {"channels": 8, "depth": 3, "epochs": 2, "batch_size": 8} | changes
-    return Settings("scratch", home / "processed", home / name, **chosen)
+    return run.train(Settings("scratch", home / "processed", home / name, **chosen), log=lambda row: None)
 
 
-def log(row: dict) -> None:
-    """In place of W&B."""
-
-
-def kernel(home: Path) -> dict:
+def card(home: Path) -> dict:
+    """A kernel runs on every card, and a split that fits lies on it."""
     for index in range(torch.cuda.device_count()):
         device.require_kernels(index)
-    where = device.pick_device()
-    return {
-        "device": device.device_name(where),
-        "cards": torch.cuda.device_count(),
-        "rule": device.precision_rule(where),
-    }
-
-
-def split_on_the_card(home: Path) -> dict:
-    train_set, where = data.load_split(home / "processed", "train"), device.pick_device()
-    before, _ = train_set.batch(torch.arange(4), torch.device("cpu"))
-    after, _ = train_set.batch(torch.arange(4), where)
-    assert torch.allclose(before, after.cpu(), atol=1e-6) and train_set.images.is_cuda == CUDA
-    return {"on the card": train_set.images.is_cuda}
+    where, train_set = device.pick_device(), data.load_split(home / "processed", "train")
+    images = [train_set.batch(torch.arange(4), place)[0].cpu() for place in (torch.device("cpu"), where)]
+    assert torch.allclose(*images, atol=1e-6) and train_set.images.is_cuda == CUDA
+    names = {"device": device.device_name(where), "cards": torch.cuda.device_count()}
+    return names | {"precision_rule": device.precision_rule(where), "split_on_card": train_set.images.is_cuda}
 
 
 def skipped_steps(home: Path) -> dict:
-    """fp16 under GradScaler: steps with an infinite loss change no weight, and training goes on."""
+    """fp16 under GradScaler: steps with an infinite loss are skipped, and training goes on."""
     calls: list[int] = []
 
     def loss_fn(logits, mask, class_weights=None, all_sum=None):
         calls.append(0)
-        loss = cross_entropy(logits, mask)
-        return loss * float("inf") if torch.is_grad_enabled() and len(calls) in (2, 3) else loss
+        spoiled = torch.is_grad_enabled() and len(calls) in (2, 3)
+        return cross_entropy(logits, mask) * (float("inf") if spoiled else 1)
 
     LOSSES["spoiled"] = loss_fn
-    rows = run.train(settings_of(home, "skipped", precision="fp16", loss="spoiled"), log=log)
+    rows = train(home, "skipped", precision="fp16", loss="spoiled")
     assert rows[0]["skipped_steps"] >= 2 and rows[-1]["train_loss"] < 3
-    return {"skipped": [row["skipped_steps"] for row in rows], "train_loss": [row["train_loss"] for row in rows]}
+    return {key: [row[key] for row in rows] for key in ("skipped_steps", "train_loss")}
 
 
 def deterministic_resume(home: Path) -> dict:
     """Stopped after every third batch and resumed: the weights of the uninterrupted run, bit for bit."""
-    whole = settings_of(home, "whole", deterministic=True)
-    run.train(whole, log=log)
-    parts, reason, looks = replace(whole, out=str(home / "parts")), Stopper.reason, []
+    train(home, "whole", deterministic=True)
+    reason, looks = Stopper.reason, []
     Stopper.reason = lambda self, reserve=0.0: looks.append(0) or "test" * (len(looks) % 3 == 0)
     try:
-        while len(run.train(parts, log=log)) < whole.epochs:
+        while len(train(home, "parts", deterministic=True)) < 2:
             pass
     finally:
         Stopper.reason = reason
-    models = [checkpoint.load_model(home / name)[0].state_dict() for name in ("whole", "parts")]
-    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
+    whole, parts = (checkpoint.load_model(home / name)[0].state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
     return {"precision": checkpoint.read_config(home / "whole")["settings"]["precision"], "equal": True}
 
 
@@ -93,15 +79,15 @@ def two_cards(home: Path) -> dict | str:
     """SyncBatchNorm: two processes against one."""
     if torch.cuda.device_count() < 2:
         return "not run: fewer than two cards"
-    one, two = (run.train(settings_of(home, f"cards{n}", num_processes=n, precision="fp32"), log=log) for n in (1, 2))
-    return {"train_loss": [[row["train_loss"] for row in rows] for rows in (one, two)]}
+    rows = [train(home, f"cards{number}", num_processes=number, precision="fp32") for number in (1, 2)]
+    return {"train_loss": [[row["train_loss"] for row in history] for history in rows]}
 
 
 def compiled(home: Path) -> dict | str:
-    if not CUDA:
-        return "not run: no GPU"
-    rows = run.train(settings_of(home, "compiled", compile=True), log=log)
-    return {"train_loss": [row["train_loss"] for row in rows], "images_per_second": rows[-1]["images_per_second"]}
+    rows = train(home, "compiled", compile=True) if CUDA else []
+    return (
+        {key: [row[key] for row in rows] for key in ("train_loss", "images_per_second")} if rows else "not run: no GPU"
+    )
 
 
 def out_of_memory(home: Path) -> dict | str:
@@ -109,43 +95,29 @@ def out_of_memory(home: Path) -> dict | str:
         return "not run: no GPU"
     torch.cuda.set_per_process_memory_fraction(0.005)
     try:
-        run.train(settings_of(home, "memory", channels=64, batch_size=64), log=log)
+        train(home, "memory", channels=64, batch_size=64)
     except TrainingStopped as error:
         return {"message": str(error)}
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-        torch.cuda.empty_cache()
     raise AssertionError("expected an error")
 
 
-def images_per_second(preset: str, precision: str, seconds: float, batch: int = 8) -> float:
-    """Of training steps at 256x256, after two to warm up."""
-    torch.manual_seed(0)
-    where = device.pick_device()
+def speed(preset: str, precision: str, seconds: float) -> float:
+    """Images/s of training steps of 8 images at 256x256, after two to warm up."""
+    where, steps, start = device.pick_device(), 0, time.perf_counter()
     model = UNet(7, *PRESETS[preset]).to(where, memory_format=torch.channels_last).train()
-    optimizer, scaler = torch.optim.AdamW(model.parameters(), fused=True), torch.amp.GradScaler(where.type)
-    images, masks, steps = (
-        torch.rand(batch, 3, 256, 256, device=where),
-        torch.zeros(batch, 256, 256, device=where).long(),
-        0,
-    )
-    start = time.perf_counter()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    images, masks = torch.rand(8, 3, 256, 256, device=where), torch.zeros(8, 256, 256, device=where).long()
     while steps < 3 or time.perf_counter() - start < seconds:
         loss = cross_entropy(forward(model, images, precision), masks)
-        (scaler.scale(loss) if precision == "fp16" else loss).backward()
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         loss.item()
         steps += 1
-        if steps == 2:
-            start = time.perf_counter()
-    return (steps - 2) * batch / (time.perf_counter() - start)
-
-
-def speeds(home: Path, seconds: float) -> dict:
-    presets = PRESETS if CUDA else {"quick": PRESETS["quick"]}
-    kinds = ("fp32", "fp16", "bf16") if CUDA else ("fp32", device.precision_rule(torch.device("cpu")))
-    return {name: {kind: round(images_per_second(name, kind, seconds), 1) for kind in kinds} for name in presets}
+        start = time.perf_counter() if steps == 2 else start
+    return round((steps - 2) * 8 / (time.perf_counter() - start), 1)
 
 
 def main() -> int:
@@ -158,15 +130,16 @@ def main() -> int:
     made = ["--data_dir", str(args.home / "raw"), "--output_dir", str(args.home / "processed"), "--size", "128x64"]
     assert preprocess.main(made) == 0
     found = {"torch": str(torch.__version__), "python": sys.version.split()[0], "commit": run.commit()}
-    checks: list[Callable] = [kernel, split_on_the_card, skipped_steps, deterministic_resume, two_cards, compiled]
-    for check in [*checks, out_of_memory, lambda home: speeds(home, args.seconds)]:
-        name, start = getattr(check, "__name__", "").replace("<lambda>", "images_per_second"), time.perf_counter()
+    for check in (card, skipped_steps, deterministic_resume, two_cards, compiled, out_of_memory):
         try:
-            found[name] = check(args.home)
+            found[check.__name__] = check(args.home)
         except Exception:  # the next check is worth as much
-            found[name] = {"failed": traceback.format_exc()}
-        print(f"{name}: {time.perf_counter() - start:.1f} s: {found[name]}", flush=True)
-        write_json(args.out, found)
+            found[check.__name__] = {"failed": traceback.format_exc()}
+        print(check.__name__, found[check.__name__], flush=True)
+    kinds = ("fp32", "fp16", "bf16") if CUDA else ("fp32", device.precision_rule(torch.device("cpu")))
+    presets = PRESETS if CUDA else ["quick"]
+    found["images_per_second"] = {p: {kind: speed(p, kind, args.seconds) for kind in kinds} for p in presets}
+    write_json(args.out, found)
     return 1 if any(isinstance(value, dict) and "failed" in value for value in found.values()) else 0
 
 

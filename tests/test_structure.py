@@ -17,9 +17,9 @@ SITTING = ["settings", "classes", "processed", "data", "augment", "losses", "mod
 SITTING += ["train", "run", "checkpoint", "distributed", "device"]
 AROUND = ["__init__", "__main__", "images", "inference", "tracking", "plots", "files"]
 BUDGETS = {  # lines, docstrings and comments included, blank ones not
-    "the sitting": ([f"unetseg/{name}.py" for name in SITTING], 1350),
-    "around it": ([f"unetseg/{name}.py" for name in AROUND], 750),
-    "tools": (["unetseg/tools/*.py"], 1100),
+    "the sitting": ([f"unetseg/{name}.py" for name in SITTING], 1525),
+    "around it": ([f"unetseg/{name}.py" for name in AROUND], 815),
+    "tools": (["unetseg/tools/*.py"], 1130),
     "notebooks": (["notebooks/*.py"], 300),
     "the script": (["preprocessing/*.py"], 20),
     "report": (["report/*.py", "report/*.typ"], 400),

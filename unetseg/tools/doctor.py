@@ -17,6 +17,7 @@ from ..classes import CLASS_SETS
 from ..data import load_split
 from ..files import UserError, read_bytes
 from ..losses import cross_entropy
+from ..model import UNet
 from ..processed import read_stats
 from ..settings import INHERITED, PRESETS
 from ..train import forward
@@ -135,8 +136,7 @@ def describe_wandb() -> tuple[str, None]:
         raise UserError(
             f"W&B cannot be used ({error}): correct its settings (WANDB_...), or set WANDB_MODE=disabled"
         ) from None
-    mode = settings.mode if key or settings.mode != "online" else "offline: there is no key (WANDB_API_KEY)"
-    return mode, None
+    return settings.mode if key or settings.mode != "online" else "offline: there is no key (WANDB_API_KEY)", None
 
 
 def forecast(num_classes: int, size: tuple[int, int], images: dict[str, int]) -> tuple[str, None]:
@@ -154,11 +154,9 @@ def forecast(num_classes: int, size: tuple[int, int], images: dict[str, int]) ->
 
 def seconds_per_image(num_classes: int, size: tuple[int, int], channels: int = INHERITED["channels"]) -> float:
     """Seconds of training per image: the median of ten measured steps of eight images."""
-    from ..model import UNet
-
     where = device.pick_device()
-    model = UNet(num_classes, channels).to(where, memory_format=torch.channels_last).train()
-    optimizer, seconds = torch.optim.AdamW(model.parameters(), fused=True), []
+    model, seconds = UNet(num_classes, channels).to(where, memory_format=torch.channels_last).train(), []
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     images, masks = (
         torch.rand(8, 3, *size[::-1], device=where),
         torch.zeros(8, *size[::-1], dtype=torch.long, device=where),

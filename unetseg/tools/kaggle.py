@@ -30,10 +30,9 @@ DRAWN = {"train": 64, "val": 40}  # scenes
 def prepare(settings: Settings) -> Settings:
     """The same settings with data that are there; prints what was found, and makes what is missing.
 
-    data="auto" becomes the folder `processed` beside the run folder, if there is one; else an attached processed
-    folder; else one that is made beside the run folder from attached raw data or, where no pictures are attached, from
-    drawn scenes. Attached runs (of an earlier session or of another notebook) are copied beside the run folder unless
-    there is one of that name. A W&B key among Kaggle's secrets is put into the environment.
+    data="auto" becomes the folder `processed` beside the run folder; else an attached processed folder; else one made
+    from attached raw data or, where no pictures are attached, from drawn scenes. Attached runs (of an earlier session
+    or another notebook) are copied beside the run folder. A W&B key among Kaggle's secrets goes into the environment.
     """
     take_key()
     home = Path(settings.out).parent
@@ -114,10 +113,8 @@ def is_raw(folder: Path) -> bool:
 
 
 def find_raw(folders: list[Path], home: Path) -> Path | None:
-    """The raw data set among the folders; Cityscapes' two archives, unpacked side by side, are linked into one.
-
-    Raises UserError for one archive without the other, and for pictures in a layout that is not known.
-    """
+    """The raw data set among the folders; Cityscapes' two archives, unpacked side by side, are linked into one. Raises
+    UserError for one archive without the other, and for pictures in a layout that is not known."""
     if whole := next(filter(is_raw, folders), None):
         return whole
     parts = {name: next((f for f in folders if f.name == name), None) for name in ("leftImg8bit", "gtFine")}

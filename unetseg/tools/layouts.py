@@ -24,14 +24,12 @@ class Pair:
 class Layout:
     """Where a data set keeps its files; {split} stands for the name of a split.
 
-    class_sets     names in CLASS_SETS that its ids can become, the default first
-    images         glob pattern below the root, and the ending that follows an image's stem
-    labels         the same for label files
-    splits         those to process by default, if they exist
-    unlabelled     splits whose labels are dummies or missing
-    val_is_halved  whether val is cut into val and test
-    quick_size     width x height of a quick run: the shape of the originals, few pixels
-    expected       in words, for error messages
+    class_sets      names in CLASS_SETS that its ids can become, the default first
+    images, labels  glob pattern below the root, and the ending that follows a file's stem
+    splits          those to process by default, if they exist; of the unlabelled ones, images alone
+    expected        the layout in words, for error messages
+    quick_size      width x height of a quick run: the shape of the originals, few pixels
+    val_is_halved   whether val is cut into val and test
     """
 
     name: str

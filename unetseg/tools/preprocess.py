@@ -102,10 +102,8 @@ def check_ids(histogram: np.ndarray, class_set: ClassSet, path: Path) -> None:
 
 
 def process(job: tuple[Pair, list[tuple[Path, Record]]], staging: Path, split: str, recipe: Recipe) -> Record:
-    """Make one pair in `staging`, or take it from where an earlier run made it; a bad file ends in Record.error.
-
-    job  the pair, and earlier records of it with the folders that hold their files
-    """
+    """Make one pair in `staging`, or take it from a folder where an earlier run made it, by one of the job's records; a
+    bad file ends in Record.error."""
     pair, earlier = job
     cv2.setNumThreads(1)
     try:
@@ -176,8 +174,7 @@ def make(
 
 
 def write_array(path: Path, save: Callable[[BytesIO], None]) -> None:
-    content = BytesIO()
-    save(content)
+    save(content := BytesIO())
     with atomic_open(path) as file:
         file.write(content.getbuffer())
 
@@ -370,8 +367,8 @@ def draw_distribution(folder: Path, stats: dict) -> None:
     """Write visualizations/<split>_class_distribution.png."""
     from .. import plots  # here and below, because every worker imports this file and few of them draw
 
-    total = {name: np.array(list(pixels.values())) for name, pixels in stats["pixels"].items()}
-    shares = {name.replace("_", " "): pixels / pixels.sum() for name, pixels in total.items()}
+    total = {name.replace("_", " "): np.array(list(pixels.values())) for name, pixels in stats["pixels"].items()}
+    shares = {name: pixels / pixels.sum() for name, pixels in total.items()}
     title = f"{stats['split']}: {stats['num_images']} images"
     figure = plots.class_distribution(CLASS_SETS[stats["class_set"]], shares, title)
     plots.save(figure, folder / "visualizations" / f"{stats['split']}_class_distribution.png")
@@ -403,10 +400,9 @@ def start_drawing(pool: Executor, staging: Path, stats: dict, num_samples: int) 
 
 def report(split: str, records: list[Record], stats: dict | None) -> None:
     """Log what became of a split: counts, every file left out, the class distribution, classes lost by shrinking."""
-    errors = [record.error for record in records if record.error]
-    reused = sum(record.reused for record in records)
-    made = len(records) - reused - len(errors)
-    log.info("%s: %d images made, %d skipped (already there), %d left out", split, made, reused, len(errors))
+    errors, reused = [record.error for record in records if record.error], sum(record.reused for record in records)
+    counts = len(records) - reused - len(errors), reused, len(errors)
+    log.info("%s: %d images made, %d skipped (already there), %d left out", split, *counts)
     for error in errors:
         log.error("  left out: %s", error)
     if stats is None:
@@ -482,11 +478,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with logging_redirect_tqdm():
             left_out = run(args)
-    except UserError as error:
-        log.error("error: %s", error)
-        return 1
-    except BrokenProcessPool:
-        log.error("error: a worker process died (out of memory?); run again with fewer --workers")
+    except (UserError, BrokenProcessPool) as error:
+        died = "a worker process died (out of memory?); run again with fewer --workers"
+        log.error("error: %s", died if isinstance(error, BrokenProcessPool) else error)
         return 1
     except KeyboardInterrupt:
         log.error("interrupted; the same command continues from here")

@@ -19,12 +19,9 @@ EGO, BORDER, ROAD, SIDEWALK, BUILDING, WALL, FENCE = 1, 2, 7, 8, 11, 12, 13
 POLE, LIGHT, SIGN, TREE, GRASS, SKY, PERSON, RIDER = 17, 19, 20, 21, 22, 23, 24, 25
 CAR, TRUCK, BUS, BICYCLE = 26, 27, 28, 33
 EYE, FAR = 1.4, 100.0  # metres: the camera's height, the end of the street
-PAINTS = np.array(
-    [(40, 42, 50), (185, 187, 192), (120, 24, 28), (28, 46, 98), (222, 222, 222), (62, 78, 62), (90, 92, 96)]
-)
-FACADES = np.array(
-    [(176, 160, 140), (150, 105, 85), (200, 190, 170), (122, 120, 118), (186, 150, 110), (140, 140, 150)]
-)
+PAINTS = [(40, 42, 50), (185, 187, 192), (120, 24, 28), (28, 46, 98), (222, 222, 222), (62, 78, 62), (90, 92, 96)]
+FACADES = [(176, 160, 140), (150, 105, 85), (200, 190, 170), (122, 120, 118), (186, 150, 110), (140, 140, 150)]
+PAINTS, FACADES = np.array(PAINTS), np.array(FACADES)
 SKIN = np.array([(224, 180, 150), (160, 115, 85), (95, 65, 50)])
 
 
@@ -60,9 +57,7 @@ class Canvas:
         if label is not None:
             cv2.fillPoly(self.labels, [corners], int(label), shift=4)
 
-    def disc(
-        self, x: float, y: float, z: float, wide: float, high: float, colour: np.ndarray, label: int | None
-    ) -> None:
+    def disc(self, x: float, y: float, z: float, wide: float, high: float, colour, label: int | None) -> None:
         """Fill an upright ellipse with half-axes in metres."""
         turn = np.linspace(0, 2 * np.pi, 20, endpoint=False)
         self.polygon([(x + wide * c, y + high * s, z) for c, s in zip(np.cos(turn), np.sin(turn))], colour, label)
@@ -103,12 +98,9 @@ def car(canvas: Canvas, rng: np.random.Generator, x: float, z: float) -> None:
             canvas.side(edge, 0.0, 0.62, wheel - 0.32, wheel + 0.32, (18, 18, 20), kind)
     canvas.box(x0, x1, 0.28, belt, z, z + length, paint, kind)
     inset = 0.14 if kind == CAR else 0.02
-    canvas.box(
-        x0 + inset, x1 - inset, belt, high, z + (0.35 if kind == CAR else 0), z + length * 0.78, glass * 1.5, kind
-    )
-    canvas.front(
-        x0 + inset + 0.1, x1 - inset - 0.1, belt + 0.06, high - 0.12, z + (0.3 if kind == CAR else -0.02), glass, kind
-    )
+    front, pane = (0.35, 0.3) if kind == CAR else (0, -0.02)
+    canvas.box(x0 + inset, x1 - inset, belt, high, z + front, z + length * 0.78, glass * 1.5, kind)
+    canvas.front(x0 + inset + 0.1, x1 - inset - 0.1, belt + 0.06, high - 0.12, z + pane, glass, kind)
     canvas.ground(x0 + inset, x1 - inset, z + 0.5, z + length * 0.75, paint, kind, high)
     lamps = (190, 25, 25) if rng.random() < 0.6 else (240, 240, 225)
     for edge in (x0 + 0.08, x1 - 0.4):
@@ -118,9 +110,7 @@ def car(canvas: Canvas, rng: np.random.Generator, x: float, z: float) -> None:
         canvas.front(edge, edge + 0.25, 0.0, 0.3, z, (18, 18, 20), kind)
 
 
-def person(
-    canvas: Canvas, rng: np.random.Generator, x: float, z: float, label: int = PERSON, lift: float = 0.0
-) -> None:
+def person(canvas: Canvas, rng: np.random.Generator, x: float, z: float, label: int = PERSON, lift=0.0) -> None:
     """Someone standing, walking, or (lifted onto a bicycle) riding."""
     size, stride = rng.uniform(0.85, 1.05), rng.uniform(0.02, 0.24)
     coat, trousers, skin = rng.choice(PAINTS), rng.choice(PAINTS) * 0.7, rng.choice(SKIN)
@@ -131,13 +121,8 @@ def person(
     torso = [(x - 0.17, hip, z), (x + 0.17, hip, z), (x + 0.25, neck - 0.1, z), (x, neck, z), (x - 0.25, neck - 0.1, z)]
     for step in (-stride, stride):
         arm = x + np.sign(step) * 0.24
-        hand = [
-            (arm - 0.05, neck - 0.1, z),
-            (arm + 0.05, neck - 0.1, z),
-            (arm + step + 0.04, hip, z),
-            (arm + step - 0.04, hip, z),
-        ]
-        canvas.polygon(hand, coat * 0.85, label)
+        shoulder = [(arm - 0.05, neck - 0.1, z), (arm + 0.05, neck - 0.1, z)]
+        canvas.polygon([*shoulder, (arm + step + 0.04, hip, z), (arm + step - 0.04, hip, z)], coat * 0.85, label)
     canvas.polygon(torso, coat, label)
     canvas.disc(x, neck + 0.13, z, 0.1, 0.14, skin, label)
     canvas.disc(x, neck + 0.2, z, 0.1, 0.08, rng.choice(SKIN) * 0.4, label)
@@ -189,16 +174,9 @@ def building(canvas: Canvas, rng: np.random.Generator, x: float, z0: float, z1: 
         left = z0 + (column + 0.25) * (z1 - z0) / columns
         tall, wide = (2.1, 1.7) if floor == 0 else (1.6, 1.2)
         glass = np.array([70, 82, 95]) * rng.uniform(0.5, 1.5) * dim
-        canvas.side(
-            x,
-            3.1 * floor + 0.75,
-            3.1 * floor + 0.85 + tall,
-            left - 0.1,
-            left + wide + 0.1,
-            facade * 1.15 * dim,
-            BUILDING,
-        )
-        canvas.side(x, 3.1 * floor + 0.85, 3.1 * floor + 0.75 + tall, left, left + wide, glass, BUILDING)
+        sill, lintel, frame = 3.1 * floor + 0.75, 3.1 * floor + 0.85 + tall, facade * 1.15 * dim
+        canvas.side(x, sill, lintel, left - 0.1, left + wide + 0.1, frame, BUILDING)
+        canvas.side(x, sill + 0.1, lintel - 0.1, left, left + wide, glass, BUILDING)
 
 
 def row_of_houses(canvas: Canvas, rng: np.random.Generator, x: float) -> None:
@@ -222,9 +200,8 @@ def street(canvas: Canvas, rng: np.random.Generator) -> tuple[float, float, floa
     ramp = np.linspace(0, 1, canvas.height)[:, None, None] ** 0.7
     canvas.image[:] = np.clip(top * (1 - ramp) + low * ramp, 0, 255).astype(np.uint8)
     for _ in range(rng.integers(0, 9)):
-        canvas.disc(
-            rng.uniform(-90, 90), rng.uniform(25, 80), 130, rng.uniform(5, 25), rng.uniform(1, 4), low * 1.1, SKY
-        )
+        x, y, wide, high = (rng.uniform(*ends) for ends in ((-90, 90), (25, 80), (5, 25), (1, 4)))
+        canvas.disc(x, y, 130, wide, high, low * 1.1, SKY)
     left, right, pavement = -rng.uniform(3.2, 7.5), rng.uniform(3.0, 6.0), rng.uniform(2.0, 4.2)
     asphalt = np.array([98, 98, 102]) * rng.uniform(0.7, 1.15)
     canvas.ground(-400, 400, 0.8, 400, (105, 120, 80), GRASS)
@@ -243,9 +220,8 @@ def street(canvas: Canvas, rng: np.random.Generator) -> tuple[float, float, floa
             canvas.ground(x, x + 0.5, z, z + 3, white, ROAD)
     for _ in range(rng.integers(2, 7)):  # patches and wet places in the asphalt
         x, z = rng.uniform(left, right - 1), rng.uniform(4, 25)
-        canvas.ground(
-            x, min(x + rng.uniform(0.5, 3), right), z, z + rng.uniform(1, 6), asphalt * rng.uniform(0.8, 1.1), ROAD
-        )
+        wide, deep = min(x + rng.uniform(0.5, 3), right), z + rng.uniform(1, 6)
+        canvas.ground(x, wide, z, deep, asphalt * rng.uniform(0.8, 1.1), ROAD)
     return left, right, pavement
 
 
@@ -255,10 +231,8 @@ def things(rng: np.random.Generator, left: float, right: float, pavement: float)
     def beside() -> float:
         return rng.choice([left - rng.uniform(0.4, pavement), right + rng.uniform(0.4, pavement)])
 
-    found = [
-        (tree, rng.choice([left - pavement * 0.8, right + pavement * 0.8]), z)
-        for z in rng.uniform(9, 75, rng.integers(6, 17))
-    ]
+    edges = [left - pavement * 0.8, right + pavement * 0.8]
+    found = [(tree, rng.choice(edges), z) for z in rng.uniform(9, 75, rng.integers(6, 17))]
     found += [(sign, rng.choice([left - 0.4, right + 0.4]), z) for z in rng.uniform(7, 50, rng.integers(4, 10))]
     for kerb in (left + 1.1, right - 1.1):  # parked along the kerbs
         if rng.random() < 0.7:
@@ -293,11 +267,7 @@ def camera(canvas: Canvas, rng: np.random.Generator) -> None:
 
 
 def draw_scene(size: tuple[int, int], seed: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """One street: RGB (H, W, 3) uint8 and label ids (H, W) uint8.
-
-    size  width, height in pixels
-    seed  whole numbers; same seed, same bytes
-    """
+    """One street of `size` (width, height): RGB (H, W, 3) uint8 and label ids (H, W) uint8; same seed, same bytes."""
     rng = np.random.default_rng(seed)
     canvas = Canvas(size, rng)
     left, right, pavement = street(canvas, rng)
