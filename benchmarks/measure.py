@@ -27,7 +27,7 @@ from unetseg.tools import scenes
 SHARED = Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data"))
 RESULTS = ROOT / "benchmarks" / "results"
 PRESETS = {"quick": (16, 4), "default": (32, 4), "published": (64, 3)}  # channels, depth
-ROUNDS = 5
+ROUNDS = 3
 
 
 @dataclass

@@ -26,7 +26,7 @@ def markdown(files: list[dict]) -> str:
             lines.append(f"| {row['what']} | {speed} | {row['against']} | {spread} |")
     about = ("device", "cores", "torch", "opencv", "commit")
     places = {", ".join(f"{key} {file[key]}" for key in about) for file in files}
-    note = "Medians of five interleaved rounds. "
+    note = "Medians of three interleaved rounds. "
     return "\n".join([*lines, "", note + "; ".join(sorted(places)) + "."])
 
 

@@ -13,13 +13,14 @@ for name in [name for name in os.environ if name.startswith("WANDB_")]:
     del os.environ[name]
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TQDM_DISABLE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # as many files are tested at once as there are cores
 
 import torch
 
 from unetseg.__main__ import main
 from unetseg.tools import preprocess, scenes
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 def command(*parts):

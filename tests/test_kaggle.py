@@ -125,14 +125,6 @@ def test_the_three_notebooks_one_session_each(kaggle, raw, monkeypatch):
     assert all(run in said for run in RUNS)  # the last one compares all three
 
 
-def test_nothing_attached_but_the_code(kaggle, monkeypatch):
-    subprocess.run(["chmod", "-R", "u+w", kaggle / "input"], check=True)
-    shutil.rmtree(kaggle / "input")
-    code(kaggle / "input" / "unetseg" / "unetseg-main")  # as a zip file from a website unpacks
-    said = session(kaggle, execute.NOTEBOOKS["scratch"], monkeypatch, **TINY)
-    assert "no pictures are attached, so street scenes are drawn" in said and "train: all 64 train images" in said
-
-
 @pytest.fixture
 def mounts(tmp_path, monkeypatch):
     monkeypatch.setattr(place, "KAGGLE", tmp_path / "kaggle")

@@ -91,7 +91,7 @@ def test_the_same_command_again_changes_nothing(home, processed):
     (["weighted_ce", "--init", "SCRATCH", "--dice-share", "2"], "dice_share: expected a number from 0 to 1; found 2.0"),
     (["ce_dice", "--init", "nowhere"], "expected trained weights, found nothing"),
     (["scratch", "--void", "background", "--data", "nowhere"], "Run preprocessing first"),
-    (["ce_dice", "--init", "SCRATCH", "--channels", "8"], "channels: expected 4, as in"),
+    (["ce_dice", "--init", "SCRATCH", "--channels", "8"], "channels: expected 4 as in"),
     (["scratch", "--max-minutes", "nan"], "max_minutes: expected a number"),
     (["weighted_ce"], "name the run or weights it starts from"),
     (["scratch", "--aim-at", "dragon"], "found dragon"),
@@ -181,7 +181,7 @@ class Foreign(torch.nn.Module):
 def smp_unet(num_classes):
     import segmentation_models_pytorch as smp
 
-    return smp.Unet("resnet18", encoder_weights=None, classes=num_classes)
+    return smp.Unet("resnet18", encoder_depth=3, decoder_channels=(16, 8, 8), encoder_weights=None, classes=num_classes)
 
 
 @pytest.mark.parametrize("make", [Foreign, smp_unet])

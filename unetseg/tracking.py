@@ -52,18 +52,21 @@ class Tracker:
         if online and not self.bounded:
             online, why = False, f"wandb {wandb.__version__} may wait for its server without end, so"
         options = self.options(settings) | {"settings": wandb.Settings(silent=True, console="off", **limits)}
-        for _ in range(2 if online else 0):
+        attempts = ["online"] * 2 * bool(online) + ["offline" if settings.mode == "online" else settings.mode] * 2
+        while attempts and not self.run:
+            options["mode"] = attempts.pop(0)
             try:
-                self.run, why = wandb.init(id=self.record["id"], **options), ""
-                break
+                self.run = wandb.init(id=self.record["id"], **options)
+                why = "" if options["mode"] == "online" else why
             except Exception as error:  # of W&B, or of its service that has died
                 why = f"{str(error).strip()[:100]};"
                 wandb.teardown()
-                if "previously created and deleted" not in why:
-                    break
-                self.record |= {"id": secrets.token_hex(4), "epochs": 0}  # an id that was deleted is never free again
-        mode = "offline" if settings.mode in ("online", "offline") else settings.mode
-        self.run = self.run or wandb.init(id=self.record["id"], **options | {"mode": mode})
+                if options["mode"] == "online" and "previously created and deleted" not in why:
+                    attempts = attempts[-2:]
+                else:  # a deleted id is never free again
+                    self.record |= {"id": secrets.token_hex(4), "epochs": 0}
+        if not self.run:
+            raise RuntimeError(f"not logging: {why}")
         if why:
             tqdm.write(f"warning: W&B: {why} logging offline; to upload later: {self.upload_command()}", sys.stderr)
         write_json(self.folder / RECORD, self.record)
