@@ -48,13 +48,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def listen() -> None:
     """From here on, when everything is imported, signals are exceptions."""
-    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, terminate)):
+    exits = ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, lambda number, frame: sys.exit(128 + number)))
+    for number, handler in exits:
         if threading.current_thread() is threading.main_thread() and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
-
-
-def terminate(number: int, frame: object) -> None:
-    sys.exit(128 + number)
 
 
 def say(text: str) -> None:

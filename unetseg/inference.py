@@ -128,7 +128,7 @@ def read_results(run: Path, split: str | None = None) -> dict:
     names = (split,) if split else ("test", "val", "val_all")
     path = next((path for name in names if (path := run / f"results_{name}.json").is_file()), None)
     if path is None:
-        raise UserError(f"{run}: expected results_<split>.json, found none; run `unetseg evaluate {run}` first")
+        raise UserError(f"{run}: expected results_<split>.json, found none; run `python -m unetseg evaluate` first")
     results = read_json(path)
     if results.get("weights_sha256") != checkpoint.weights_sha256(run):
         raise UserError(f"{path}: these are scores of other weights than {run} holds; run `evaluate` again")

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..files import atomic_open, make_folder
+from ..files import UserError, atomic_open, make_folder
 from ..images import cv2
 from .workers import ignore_ctrl_c, worker_pool
 
@@ -289,6 +289,8 @@ def draw_dataset(out: Path, num_scenes: dict[str, int], size: tuple[int, int] = 
 
     num_scenes  split name -> number of scenes; scene i of a split depends on (seed, split, i) alone
     """
+    if min(size) < 64:
+        raise UserError(f"scenes: expected at least 64 pixels a side, found {size[0]}x{size[1]}")
     jobs = []
     for number, (split, count) in enumerate(num_scenes.items()):
         for place in range(count):
