@@ -1,6 +1,7 @@
 """Run a notebook from top to bottom with other settings, and keep what it showed but not its progress bars."""
 
 import asyncio
+import atexit
 import json
 import re
 import sys
@@ -94,6 +95,7 @@ def execute(source: Path, target: Path, settings: dict) -> None:
         thread.join()
         raise
     finally:
+        atexit.unregister(client._cleanup_kernel)  # the kernel has gone by now
         notebook.metadata.pop("widgets", None)
         make_folder(target.parent)
         nbformat.write(notebook, target)

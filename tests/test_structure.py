@@ -18,7 +18,7 @@ SITTING += ["train", "run", "checkpoint", "distributed", "device"]
 AROUND = ["__init__", "__main__", "images", "inference", "tracking", "plots", "files"]
 BUDGETS = {  # lines, docstrings and comments included, blank ones not
     "the sitting": ([f"unetseg/{name}.py" for name in SITTING], 1525),
-    "around it": ([f"unetseg/{name}.py" for name in AROUND], 815),
+    "around it": ([f"unetseg/{name}.py" for name in AROUND], 816),
     "tools": (["unetseg/tools/*.py"], 1130),
     "notebooks": (["notebooks/*.py"], 300),
     "the script": (["preprocessing/*.py"], 20),

@@ -48,8 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def listen() -> None:
     """From here on, when everything is imported, signals are exceptions."""
-    exits = ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, lambda number, frame: sys.exit(128 + number)))
-    for number, handler in exits:
+    handlers = signal.default_int_handler, lambda number, frame: sys.exit(128 + number)
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
         if threading.current_thread() is threading.main_thread() and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
