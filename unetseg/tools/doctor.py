@@ -60,9 +60,8 @@ def computing_device() -> tuple[str, None]:
         device.require_kernels(index)
     if hidden := device.unused_gpu():
         raise UserError(f"this machine has a GPU that is not used: {hidden}")
-    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    gpus, chosen = map(torch.cuda.get_device_properties, range(torch.cuda.device_count())), device.pick_device()
     names = [f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / GIB:.0f} GiB: a kernel runs" for gpu in gpus]
-    chosen = device.pick_device()
     names = names or [f"{device.device_name(chosen)}, {os.cpu_count()} cores; no GPU"]
     return f"{'; '.join(names)}; precision {device.precision_rule(chosen)}", None
 
@@ -144,8 +143,7 @@ def forecast(num_classes: int, size: tuple[int, int], images: dict[str, int]) ->
     seconds = seconds_per_image(num_classes, size)
     work = images["train"] + images["val"] / 3
     hours = {name: preset["epochs"] * work * seconds / 3600 for name, preset in PRESETS.items()}
-    parts = ", ".join(f"{name} {duration(hour)}" for name, hour in hours.items())
-    sessions = -(-sum(hours.values()) // SESSION)
+    parts, sessions = ", ".join(f"{n} {duration(h)}" for n, h in hours.items()), -(-sum(hours.values()) // SESSION)
     fits = "fits a Kaggle session" if sessions <= 1 else f"takes {sessions:.0f} Kaggle sessions"
     network = f"channels {INHERITED['channels']}, depth {INHERITED['depth']}, {size[0]}x{size[1]}"
     total = f"all three: {duration(sum(hours.values()))}, {fits} of {SESSION} h"

@@ -363,39 +363,32 @@ def edge_cases(records: list[Record], class_set: ClassSet) -> dict:
     }
 
 
-def draw_distribution(folder: Path, stats: dict) -> None:
-    """Write visualizations/<split>_class_distribution.png."""
-    from .. import plots  # here and below, because every worker imports this file and few of them draw
+def draw(folder: Path, stats: dict, stems: list[str]) -> None:
+    """Write visualizations/<split>_class_distribution.png and, with the images of these stems, <split>_samples.jpg."""
+    from .. import plots  # here, because every worker imports this file and few of them draw
 
+    class_set, split = CLASS_SETS[stats["class_set"]], stats["split"]
     total = {name.replace("_", " "): np.array(list(pixels.values())) for name, pixels in stats["pixels"].items()}
     shares = {name: pixels / pixels.sum() for name, pixels in total.items()}
     title = f"{stats['split']}: {stats['num_images']} images"
-    figure = plots.class_distribution(CLASS_SETS[stats["class_set"]], shares, title)
-    plots.save(figure, folder / "visualizations" / f"{stats['split']}_class_distribution.png")
-
-
-def draw_samples(folder: Path, split: str, class_set: ClassSet, size: tuple[int, int], stems: list[str]) -> None:
-    """Write visualizations/<split>_samples.jpg with the images of these stems, their masks, and both as one."""
-    from .. import plots
-
+    figure = plots.class_distribution(class_set, shares, title)
+    plots.save(figure, folder / "visualizations" / f"{split}_class_distribution.png")
     rows = []
     for stem in stems:
-        image, mask, *_ = read_pair(folder, split, stem, len(class_set), size)
+        image, mask, *_ = read_pair(folder, split, stem, len(class_set), tuple(stats["size"]))
         painted = class_set.paint(mask)
         rows.append([image, painted, overlay(image, painted)])
-    figure = plots.panels(rows, ["image", "mask", "overlay"], class_set)
-    plots.save(figure, folder / "visualizations" / f"{split}_samples.jpg")
+    if rows:
+        figure = plots.panels(rows, ["image", "mask", "overlay"], class_set)
+        plots.save(figure, folder / "visualizations" / f"{split}_samples.jpg")
 
 
-def start_drawing(pool: Executor, staging: Path, stats: dict, num_samples: int) -> list[Future]:
-    """Let the workers draw a split while they make the next one."""
-    pictures = [pool.submit(draw_distribution, staging, {key: stats[key] for key in stats.keys() - {"files"}})]
-    if num_samples:
-        stems = list(stats["files"])
-        places = np.unique(np.linspace(0, len(stems) - 1, num_samples).round().astype(int))
-        chosen, class_set = [stems[place] for place in places], CLASS_SETS[stats["class_set"]]
-        pictures.append(pool.submit(draw_samples, staging, stats["split"], class_set, tuple(stats["size"]), chosen))
-    return pictures
+def start_drawing(pool: Executor, staging: Path, stats: dict, num_samples: int) -> Future:
+    """Let a worker draw a split while the others make the next one."""
+    stems = list(stats["files"])
+    places = np.unique(np.linspace(0, len(stems) - 1, num_samples).round().astype(int))
+    without_files = {key: stats[key] for key in stats.keys() - {"files"}}
+    return pool.submit(draw, staging, without_files, [stems[place] for place in places])
 
 
 def report(split: str, records: list[Record], stats: dict | None) -> None:
@@ -441,7 +434,7 @@ def run(args: argparse.Namespace) -> int:
             done += [split] if stats else []
             if stats and "pixels" in stats:
                 make_folder(staging / "visualizations")
-                pictures += start_drawing(pool, staging, stats, args.sample_size)
+                pictures.append(start_drawing(pool, staging, stats, args.sample_size))
         for picture in pictures:
             picture.result()
         move_into_place(out, done)

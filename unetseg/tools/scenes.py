@@ -159,7 +159,7 @@ def sign(canvas: Canvas, rng: np.random.Generator, x: float, z: float) -> None:
         canvas.front(x - 0.18, x + 0.18, high - 0.5, high + 0.5, z, (30, 32, 32), LIGHT)
         on = rng.integers(3)
         for place, colour in enumerate([(60, 200, 90), (240, 190, 50), (230, 50, 45)]):
-            glow = np.array(colour) if place == on else np.array([60, 60, 60])
+            glow = colour if place == on else (60, 60, 60)
             canvas.disc(x, high - 0.32 + 0.32 * place, z, 0.11, 0.11, glow, LIGHT)
 
 
