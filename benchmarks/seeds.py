@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from unetseg import checkpoint, inference, run
+from unetseg import checkpoint, evaluation, run
 from unetseg.files import write_json
 from unetseg.settings import PRESETS, TITLES, Settings
 
@@ -30,7 +30,7 @@ def train_and_score(name: str, args: argparse.Namespace, seed: int) -> dict:
     else:
         settings |= {"epochs": args.tune_epochs, "init": str(home / "scratch"), "lr": PRESETS["ce_dice"]["lr"]}
     run.train(Settings(**settings, seed=seed, precision=args.precision))
-    return inference.evaluate_run(home / name, args.data)
+    return evaluation.evaluate_run(home / name, args.data)
 
 
 def summarise(args: argparse.Namespace, found: dict[str, list[dict]]) -> dict:
@@ -38,7 +38,7 @@ def summarise(args: argparse.Namespace, found: dict[str, list[dict]]) -> dict:
     first, config = found["scratch"][0], checkpoint.read_config(args.out / f"seed{args.seeds[0]}" / "scratch")
     rows = {}
     for name, results in found.items():
-        scores = [inference.headline(result) for result in results]
+        scores = [evaluation.headline(result) for result in results]
         columns = {key: np.array([score[key] for score in scores], float) for key in scores[0]}
         rows[name] = {
             "title": TITLES[name],

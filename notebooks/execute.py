@@ -13,8 +13,8 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from unetseg.evaluation import headline, read_results
 from unetseg.files import make_folder
-from unetseg.inference import headline, read_results
 
 NOTEBOOKS = {
     "scratch": "Model_Training_UNet_From_scratch.ipynb",

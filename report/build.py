@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from unetseg import plots
 from unetseg.checkpoint import read_config, read_history
-from unetseg.classes import CLASS_SETS
+from unetseg.classes import stored
+from unetseg.evaluation import comparable, headline, joined, read_results
 from unetseg.files import atomic_open, make_folder, read_json, write_json
-from unetseg.inference import comparable, headline, joined, read_results
 from unetseg.settings import FREE, TITLES
 
 RESULTS = ROOT / "report" / "results"
@@ -50,14 +50,12 @@ def collect(home: Path) -> dict:
     comparable([run["results"] for run in runs.values()])
     paths = sorted((home / "processed").glob("stats_*.json"))
     stats = {path.stem.removeprefix("stats_"): read_json(path) for path in paths}
-    context = {
-        key: first[key] for key in ("split", "split_note", "remarks", "num_images", "size", "class_set", "parameters")
-    }
+    context = {key: first[key] for key in ("split", "split_note", "remarks", "num_images", "size", "parameters")}
     context |= {
         key: joined({"sessions": [run["results"] for run in runs.values()]}, key)
         for key in ("device", "torch", "commit")
     }
-    context |= {"void": first["trained_void"], "classes": config["classes"]}
+    context |= {"void": first["trained_void"], **stored(config).facts()}
     context |= {f"{name}_images": len(config["data"][name]["images"]) for name in ("train", "val")}
     context |= {f"{name}_note": config["data"][name]["note"] for name in ("train", "val")}
     context |= {key: config["settings"][key] for key in ("channels", "depth")}
@@ -73,7 +71,7 @@ def collect(home: Path) -> dict:
 
 def draw_charts(results: dict, folder: Path, number: int) -> None:
     """Write the report's charts of one data set: class distribution, curves, IoU by stage, confusion matrix."""
-    class_set = CLASS_SETS[results["context"]["class_set"]]
+    class_set = stored(results["context"])
     shares = {
         split: np.array(list(data["pixels"]["full_resolution"].values())) for split, data in results["data"].items()
     }

@@ -11,8 +11,8 @@ from conftest import process
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
-from unetseg import data
-from unetseg.data import Batches, class_weights, instance_boxes, load_split, weights_table
+from unetseg import data, plots
+from unetseg.data import Batches, class_weights, instance_boxes, load_split
 from unetseg.files import UserError, read_json, write_json
 from unetseg.processed import FORMAT, find_split, pair_paths, read_image, scored_split
 from unetseg.settings import Settings
@@ -149,7 +149,8 @@ def test_an_absent_class_breaks_nothing():
 
 def test_the_table_shows_each_class_share_of_the_loss(processed):
     train_set = load_split(processed, "train")
-    table = weights_table(train_set, class_weights(train_set.num_pixels, "inverse"))
+    weights = class_weights(train_set.num_pixels, "inverse")
+    table = plots.weights_table(train_set.class_set.names, train_set.num_pixels, weights)
     assert len(table.splitlines()) == 8
     shares = [float(line.split()[-1].rstrip("%")) for line in table.splitlines()[1:]]
     assert shares == pytest.approx([100 / 7] * 7, abs=0.11)  # 1/f gives every class the same

@@ -36,6 +36,7 @@ runpy.run_module("unetseg", run_name="__main__", alter_sys=True)
 GRADIENTS = """
 import sys, torch
 from unetseg import distributed, losses
+from unetseg.__main__ import leave
 from unetseg.model import UNet
 distributed.begin()
 for name, loss_fn in losses.LOSSES.items():
@@ -51,7 +52,7 @@ for name, loss_fn in losses.LOSSES.items():
     loss = loss_fn(network(images[share]), masks[share], weights, distributed.all_sum)
     loss.backward()
     torch.save([loss.detach(), *(weight.grad for weight in model.parameters())], f"{sys.argv[1]}.{name}")
-distributed.leave(0)
+leave(0)
 """
 
 
@@ -161,7 +162,7 @@ def test_several_processes_leave_without_pythons_last_steps(number, said):
     """Gloo's threads may abort them: one run in thirty did."""
     script = """
 import atexit
-from unetseg.distributed import leave
+from unetseg.__main__ import leave
 class Last:
     def __del__(self):
         print(", at the end", end="")

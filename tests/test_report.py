@@ -11,8 +11,8 @@ from conftest import ROOT
 
 from unetseg import plots, run
 from unetseg.classes import CLASS_SETS
+from unetseg.evaluation import evaluate_run
 from unetseg.files import UserError, read_json
-from unetseg.inference import evaluate_run
 from unetseg.settings import PRESETS, Settings
 
 

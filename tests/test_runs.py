@@ -15,13 +15,14 @@ import torch
 from conftest import ROOT, command, process, same, without_timings
 from PIL import Image
 
-from unetseg import checkpoint, inference, run
-from unetseg.data import load_split
+import unetseg
+from unetseg import checkpoint, evaluation, inference, run
+from unetseg.data import Batches, load_split
 from unetseg.files import UserError, read_json, write_json
 from unetseg.losses import cross_entropy
 from unetseg.model import MODELS, UNet
 from unetseg.settings import PRESETS, Settings
-from unetseg.train import Stopper
+from unetseg.train import Stopper, evaluate
 
 TINY = ["--channels", 4, "--depth", 2, "--epochs", 2, "--batch-size", 4, "--precision", "fp32"]
 
@@ -76,7 +77,7 @@ def test_evaluate_scores_both_rules_and_writes_them(made, processed, capsys):
     assert (
         "void=ignore (trained under this rule): mIoU" in said and "void=background:" in said and "(test), 64x32" in said
     )
-    results = inference.read_results(made / "scratch")
+    results = evaluation.read_results(made / "scratch")
     assert results["num_images"] == 2 and np.sum(results["confusion"]) == 2 * 64 * 32
     assert set(results["rules"]) == {"ignore", "background"} and results["remarks"] == []
 
@@ -195,7 +196,7 @@ def test_a_foreign_network_trains_resumes_is_scored_and_predicts(make, processed
     history = run.train(settings, log=print)
     whole = run.train(Settings(**vars(settings) | {"out": str(tmp_path / "whole")}), log=print)
     assert without_timings(history) == without_timings(whole)
-    assert inference.evaluate_run(tmp_path / "run", processed)["num_images"] == 2
+    assert evaluation.evaluate_run(tmp_path / "run", processed)["num_images"] == 2
     Image.new("RGB", (70, 50)).save(tmp_path / "a.png")
     assert inference.predict_files(tmp_path / "run", [tmp_path / "a.png"], tmp_path / "out") == (1, [])
     tuned = Settings("ce_dice", processed, tmp_path / "tuned", init=tmp_path / "run", epochs=1, batch_size=4)
@@ -294,18 +295,18 @@ def test_scores_of_weights_since_changed_are_refused(home, processed, capsys):
     tensors["head.bias"] += 1
     safetensors.torch.save_file(tensors, weights, metadata)
     with pytest.raises(UserError, match=r"these are scores of other weights than .* holds; run `evaluate` again"):
-        inference.read_results(home / "scratch")
+        evaluation.read_results(home / "scratch")
 
 
 def test_runs_scored_on_different_images_are_not_compared(home, processed):
     (home / "scratch" / "results_test.json").unlink(missing_ok=True)
-    inference.evaluate_run(home / "scratch", processed, "val")
-    inference.evaluate_run(home / "ce_dice", processed, "test")
+    evaluation.evaluate_run(home / "scratch", processed, "val")
+    evaluation.evaluate_run(home / "ce_dice", processed, "test")
     with pytest.raises(UserError, match="expected runs with the same split, found scratch: val, ce_dice: test"):
-        inference.comparison_table([home / "scratch", home / "ce_dice"])
+        evaluation.comparison_table([home / "scratch", home / "ce_dice"])
     (home / "scratch" / "results_val.json").unlink()
-    inference.evaluate_run(home / "scratch", processed, "test")
-    assert "(+0.0)" in inference.comparison_table([home / "scratch", home / "scratch"])
+    evaluation.evaluate_run(home / "scratch", processed, "test")
+    assert "(+0.0)" in evaluation.comparison_table([home / "scratch", home / "scratch"])
 
 
 def test_val_that_has_grown_puts_no_seen_image_into_test_in_silence(home, raw, processed, tmp_path):
@@ -313,16 +314,16 @@ def test_val_that_has_grown_puts_no_seen_image_into_test_in_silence(home, raw, p
     for path in sorted((tmp_path / "raw").rglob("*/val/*/*.png"))[:8]:
         path.with_name(path.name.replace("000003", "000009")).write_bytes(path.read_bytes())
     assert process(tmp_path / "raw", tmp_path / "grown", "--size", "64x32") == 0
-    results = inference.evaluate_run(home / "scratch", tmp_path / "grown")
+    results = evaluation.evaluate_run(home / "scratch", tmp_path / "grown")
     assert any("were in the run's train or val split: they are not unseen" in remark for remark in results["remarks"])
     assert any("does not hold the data that the run was trained on" in remark for remark in results["remarks"])
-    assert "not unseen" in inference.results_table(results)
+    assert "not unseen" in evaluation.results_table(results)
 
 
 def test_a_run_on_changed_code_names_every_commit(home, processed, monkeypatch):
     monkeypatch.setattr(run, "commit", lambda: "abc-dirty")
     assert train(home, processed, "--epochs", "3") == 0
-    results = inference.evaluate_run(home / "scratch", processed)
+    results = evaluation.evaluate_run(home / "scratch", processed)
     assert len(results["commit"].split(" / ")) == 2 and results["commit"].endswith("abc-dirty")
 
 
@@ -333,8 +334,8 @@ def test_the_commit_is_that_of_this_code_whatever_git_is_told(tmp_path, monkeypa
     assert run.commit() == here
     site = tmp_path / "other" / "venv" / "unetseg"  # installed inside somebody else's repository
     site.mkdir(parents=True)
-    (site / "run.py").touch()
-    monkeypatch.setattr(run, "__file__", str(site / "run.py"))
+    (site / "__init__.py").touch()
+    monkeypatch.setattr(unetseg, "__file__", str(site / "__init__.py"))
     assert run.commit() == "unknown"
 
 
@@ -424,7 +425,7 @@ def test_a_finished_run_on_a_read_only_place_is_used_as_it_is(home, processed, m
     def read_only(*args, **more):
         raise UserError("run: Read-only file system")
 
-    for place in ("run.exclusive", "run.write_json", "inference.write_json"):
+    for place in ("run.exclusive", "run.write_json", "evaluation.results.write_json"):
         monkeypatch.setattr(f"unetseg.{place}", read_only)
     assert train(home, processed) == 0
     assert command("evaluate", home / "scratch", "--data", processed) == 0
@@ -480,8 +481,8 @@ def test_scenes_command(tmp_path):
 
 
 def test_matrices_per_image_add_up_to_the_results(made, processed):
-    results = inference.evaluate_run(made / "scratch", processed, "val_all")
+    results = evaluation.evaluate_run(made / "scratch", processed, "val_all")
     model, _ = checkpoint.load_model(made / "scratch")
-    batches = inference.Batches(load_split(processed, "val_all"), 3, torch.device("cpu"))
-    each = inference.evaluate(model, batches.epoch(), 7, cross_entropy).confusions
+    batches = Batches(load_split(processed, "val_all"), 3, torch.device("cpu"))
+    each = evaluate(model, batches.epoch(), 7, cross_entropy).confusions
     assert each.sum(axis=0).tolist() == results["confusion"] and len(each) == 4

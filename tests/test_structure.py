@@ -17,8 +17,9 @@ SITTING = ["settings", "classes", "processed", "data", "augment", "losses", "mod
 SITTING += ["train", "run", "checkpoint", "distributed", "device"]
 AROUND = ["__init__", "__main__", "images", "inference", "tracking", "plots", "files"]
 BUDGETS = {  # lines, docstrings and comments included, blank ones not
-    "the sitting": ([f"unetseg/{name}.py" for name in SITTING], 1525),
-    "around it": ([f"unetseg/{name}.py" for name in AROUND], 816),
+    "the sitting": ([f"unetseg/{name}.py" for name in SITTING], 1442),
+    "around it": ([f"unetseg/{name}.py" for name in AROUND], 750),
+    "evaluation": (["unetseg/evaluation/*.py"], 600),
     "tools": (["unetseg/tools/*.py"], 1123),
     "notebooks": (["notebooks/*.py"], 300),
     "the script": (["preprocessing/*.py"], 20),
@@ -69,13 +70,14 @@ def test_arrows_point_one_way():
     assert uses["model"] == {"settings"} and uses["device"] == uses["distributed"] == {"files"}
     assert uses["train"] == {"checkpoint", "distributed", "classes", "device", "files", "metrics"}
     assert [name for name, used in uses.items() if "run" in used] == ["__main__"]
-    assert [name for name, used in uses.items() if "tools" in used] == ["__main__"]
+    for part in ("tools", "evaluation"):
+        assert [name for name, used in uses.items() if part in used] == ["__main__"]
 
 
 def test_libraries_live_where_they_should():
     for library, home in (("wandb", "tracking"), ("matplotlib", "plots"), ("cv2", "images")):
         assert {name for name, tree in MODULES.items() if library in imports(tree)} == {home}
-    assert imports(MODULES["classes"]) <= {"numpy", "dataclasses"}
+    assert imports(MODULES["classes"]) <= {"numpy", "dataclasses", "pathlib", "tomllib"}
 
 
 def test_importing_the_package_imports_nothing_heavy():
@@ -106,7 +108,7 @@ def test_functions_stay_short():
             if isinstance(node, ast.FunctionDef):
                 start = node.body[1].lineno if ast.get_docstring(node) and len(node.body) > 1 else node.body[0].lineno
                 lines = text.splitlines()[start - 1 : node.end_lineno]
-                assert sum(bool(line.strip()) for line in lines) <= 35, f"{path.name}: {node.name}"
+                assert sum(bool(line.strip()) for line in lines) <= 30, f"{path.name}: {node.name}"
 
 
 def test_pip_installs_a_whole_package(tmp_path):
@@ -118,8 +120,9 @@ def test_pip_installs_a_whole_package(tmp_path):
     command = [sys.executable, "-m", "pip", "install", *options, "--target", str(site), str(tmp_path / "source")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    ours = {str(path.relative_to(ROOT)) for path in (ROOT / "unetseg").rglob("*.py")}
-    assert ours == {str(path.relative_to(site)) for path in (site / "unetseg").rglob("*.py")}
-    code = "import unetseg.run; print(unetseg.run.__file__, unetseg.run.commit())"
+    for pattern in ("*.py", "*.toml"):
+        ours = {str(path.relative_to(ROOT)) for path in (ROOT / "unetseg").rglob(pattern)}
+        assert ours and ours == {str(path.relative_to(site)) for path in (site / "unetseg").rglob(pattern)}
+    code = "import unetseg.run; print(unetseg.run.__file__, unetseg.commit())"
     said = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(site)}, text=True)
     assert said.split() == [str(site / "unetseg" / "run.py"), "unknown"]

@@ -49,7 +49,7 @@ def learn(sets, folder, epochs=4, loss_fn=cross_entropy, log=lambda row: None, s
     settings = run.resolve(Settings(out=str(folder), batch_size=batch_size, **chosen))
     splits = {name: {"sha256": s.split.sha256} for name, s in zip(("train", "val"), sets)}
     config = {"settings": asdict(settings), "cycles": [epochs], "data": splits, "init_sha256": None, "format": 2}
-    config |= {"class_set": "cityscapes7", "classes": list(sets[0].class_set.names), "width": 64, "height": 32}
+    config |= {**sets[0].class_set.facts(), "width": 64, "height": 32}
     folder.mkdir(exist_ok=True)
     write_json(folder / checkpoint.CONFIG, config)
     torch.manual_seed(0)

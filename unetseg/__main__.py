@@ -9,10 +9,12 @@ if __name__ == "__main__":  # an exception in the middle of torch's imports woul
             signal.signal(number, lambda number, frame: os._exit(128 + number))
 
 import argparse
+import atexit
 import sys
 import threading
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 from .files import UserError
 from .settings import KNOBS, Settings, SettingsError, add_flags, complete
@@ -82,7 +84,7 @@ def scenes(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    from .inference import evaluate_run, results_table
+    from .evaluation import evaluate_run, results_table
 
     listen()
     say(results_table(evaluate_run(args.run, args.data, args.split)))
@@ -107,14 +109,8 @@ def doctor(args: argparse.Namespace) -> int:
     return examine(args.data)
 
 
-COMMANDS = {
-    "train": train,
-    "resume": train,
-    "scenes": scenes,
-    "evaluate": evaluate,
-    "predict": predict,
-    "doctor": doctor,
-}
+COMMANDS = {"train": train, "resume": train, "scenes": scenes, "evaluate": evaluate, "predict": predict}
+COMMANDS |= {"doctor": doctor}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -138,14 +134,19 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def leave(status: int) -> NoReturn:
+    """End this process; one of several skips the last clean-up, in which gloo may abort (pytorch/pytorch#179291)."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE") != "1":
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed before the start
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         getattr(sys, name).reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
-    status = main()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        from .distributed import leave
-
-        leave(status)
-    sys.exit(status)
+    leave(main())

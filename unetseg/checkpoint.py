@@ -37,7 +37,7 @@ def differences(there: dict, here: dict) -> list[str]:
 
 def save_weights(run: Path, best: dict, config: dict) -> None:
     """Write the best weights as safetensors; all metadata is one JSON text: the same run gives the same bytes."""
-    about = {"format": FORMAT, **identity(config), "cycles": config["cycles"]}
+    about = {"format": FORMAT, **identity(config), **{key: config[key] for key in ("colours", "people", "cycles")}}
     about |= {"epoch": best["epoch"], "val_miou": best["val_miou"]}
     tensors = {key: value.contiguous() for key, value in best["weights"].items()}
     with atomic_open(run / WEIGHTS, durable=True) as file:
@@ -74,7 +74,7 @@ def read_about(run_or_weights: Path) -> dict:
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         found = f"{type(error).__name__}: {str(error)[:300]}"
         raise UserError(f"{path}: expected weights saved by unetseg, found {found}; copy the file again") from None
-    if path.parent == run_or_weights and about["format"] == FORMAT:
+    if path.parent == run_or_weights and (run_or_weights / CONFIG).is_file() and about["format"] == FORMAT:
         config = read_config(run_or_weights)
         cycles = config["cycles"][: len(about["cycles"])]  # a run may have been given more epochs since
         if changed := differences(about, identity(config) | {"cycles": cycles}):

@@ -1,96 +1,43 @@
-"""The class sets as tables: source id, name, official colour, and the class that each id becomes."""
+"""Class sets: names, colours, and which ids or colours of a label file become which class.
 
-from dataclasses import dataclass
+Each is a TOML file in class_sets/, or a user's own, which may give `people` and, for masks in colours, no ids:
+
+    people = ["walker"]                        # classes that occluders are aimed at by default
+    [classes]
+    ground = { colour = [128, 64, 128] }       # in every picture, and in the masks
+    walker = { colour = [220, 20, 60], colours = [[255, 0, 0], [200, 0, 0]] }  # in the masks, too
+    [void]
+    colours = [[0, 0, 0]]
+"""
+
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 IGNORE_INDEX = 255  # void: in no loss and no score under the void rule "ignore"
 VOID_RULES = ("ignore", "background")
-PEOPLE = ("person", "rider", "pedestrian", "bicyclist")  # classes that occluders are aimed at by default
-
-# Cityscapes' 34 label ids, names, trainIds and colours (cityscapesscripts, helpers/labels.py).
-_CITYSCAPES = """
-#  id  name                  trainId  colour         cityscapes7
-    0  unlabeled             255        0   0   0    void
-    1  ego_vehicle           255        0   0   0    void
-    2  rectification_border  255        0   0   0    void
-    3  out_of_roi            255        0   0   0    void
-    4  static                255        0   0   0    void
-    5  dynamic               255      111  74   0    void
-    6  ground                255       81   0  81    void
-    7  road                    0      128  64 128    road
-    8  sidewalk                1      244  35 232    background
-    9  parking               255      250 170 160    background
-   10  rail_track            255      230 150 140    background
-   11  building                2       70  70  70    building
-   12  wall                    3      102 102 156    background
-   13  fence                   4      190 153 153    background
-   14  guard_rail            255      180 165 180    background
-   15  bridge                255      150 100 100    background
-   16  tunnel                255      150 120  90    background
-   17  pole                    5      153 153 153    background
-   18  polegroup             255      153 153 153    background
-   19  traffic_light           6      250 170  30    background
-   20  traffic_sign            7      220 220   0    background
-   21  vegetation              8      107 142  35    vegetation
-   22  terrain                 9      152 251 152    background
-   23  sky                    10       70 130 180    sky
-   24  person                 11      220  20  60    person
-   25  rider                  12      255   0   0    person
-   26  car                    13        0   0 142    vehicle
-   27  truck                  14        0   0  70    vehicle
-   28  bus                    15        0  60 100    vehicle
-   29  caravan               255        0   0  90    vehicle
-   30  trailer               255        0   0 110    vehicle
-   31  train                  16        0  80 100    vehicle
-   32  motorcycle             17        0   0 230    vehicle
-   33  bicycle                18      119  11  32    vehicle
-"""
-
-# CamVid in SegNet's 11 classes, with CamVid's own colours (Brostow et al., 2009).
-_CAMVID = """
-#  id  name                  trainId  colour         camvid7
-    0  sky                     0      128 128 128    sky
-    1  building                1      128   0   0    building
-    2  pole                    2      192 192 128    background
-    3  road                    3      128  64 128    road
-    4  pavement                4        0   0 192    background
-    5  tree                    5      128 128   0    vegetation
-    6  sign_symbol             6      192 128 128    background
-    7  fence                   7       64  64 128    background
-    8  car                     8       64   0 128    vehicle
-    9  pedestrian              9       64  64   0    person
-   10  bicyclist              10        0 128 192    person
-   11  unlabelled            255        0   0   0    void
-"""
-
-# Each of the seven classes has the Cityscapes colour of its main member; background has that of fence.
-_SEVEN = {
-    "background": (190, 153, 153),
-    "road": (128, 64, 128),
-    "building": (70, 70, 70),
-    "vehicle": (0, 0, 142),
-    "person": (220, 20, 60),
-    "vegetation": (107, 142, 35),
-    "sky": (70, 130, 180),
-}
+PEOPLE = ("person", "rider", "pedestrian", "bicyclist")  # of a class file that does not say who its people are
 
 
 @dataclass(frozen=True, eq=False)
 class ClassSet:
-    """One way to sort the source ids of a data set into classes 0..C-1 and void.
+    """One way to sort the values of label files into classes 0..C-1 and void.
 
-    names    C class names
+    names    C class names; those of `people` are what occluders are aimed at
     colours  (C, 3) uint8 RGB
-    known    (256,) bool: the source ids that exist
-    lookup   (256,) uint8: source id -> class id, IGNORE_INDEX for void (and for ids that do not exist)
+    lookup   (256,) uint8, source id -> class id, or IGNORE_INDEX for void; known (256,) bool, the ids that exist
+    palette  colours of the label files with their source id, where these are colours
     """
 
     name: str
     names: tuple[str, ...]
     colours: np.ndarray
-    known: np.ndarray
-    lookup: np.ndarray
+    people: tuple[str, ...]
+    lookup: np.ndarray = field(default_factory=lambda: np.full(256, IGNORE_INDEX, np.uint8))
+    known: np.ndarray = field(default_factory=lambda: np.zeros(256, bool))
+    palette: dict[tuple[int, int, int], int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -100,6 +47,11 @@ class ClassSet:
         """The void rules that make sense here: "background" needs a background class to put void into."""
         return VOID_RULES if self.names[0] == "background" else VOID_RULES[:1]
 
+    def facts(self) -> dict:
+        """What statistics, runs and results keep of it, for `stored`."""
+        colours, people = self.colours.tolist(), list(self.people)
+        return {"class_set": self.name, "classes": list(self.names), "colours": colours, "people": people}
+
     def paint(self, mask: np.ndarray) -> np.ndarray:
         """Class ids (H, W), 255 = void -> RGB (H, W, 3) uint8; void is black."""
         palette = np.zeros((256, 3), np.uint8)
@@ -107,22 +59,28 @@ class ClassSet:
         return palette.take(mask, axis=0)  # faster than palette[mask]
 
 
-def _class_set(name: str, table: str, seven: bool) -> ClassSet:
-    """The class set that a table above describes, by its trainIds or by its last column."""
-    rows = [line.split() for line in table.strip().splitlines()[1:]]
-    by_train_id = {int(train): (label, (int(r), int(g), int(b))) for _, label, train, r, g, b, _ in rows}
-    colours = _SEVEN if seven else dict(by_train_id[c] for c in sorted(by_train_id) if c != IGNORE_INDEX)
-    known, lookup = np.zeros(256, bool), np.full(256, IGNORE_INDEX, np.uint8)
-    for id_, label, _, *_, in_seven in rows:
-        member = in_seven if seven else label
-        known[int(id_)] = True
-        lookup[int(id_)] = list(colours).index(member) if member in colours else IGNORE_INDEX
-    return ClassSet(name, tuple(colours), np.array(list(colours.values()), np.uint8), known, lookup)
+def stored(facts: dict) -> ClassSet:
+    """The class set that statistics, a run or results name; its label files are no longer needed."""
+    if "colours" not in facts and facts["class_set"] in CLASS_SETS:
+        return CLASS_SETS[facts["class_set"]]
+    names = tuple(facts["classes"])
+    people = facts.get("people", [name for name in PEOPLE if name in names])
+    return ClassSet(facts["class_set"], names, np.array(facts["colours"], np.uint8), tuple(people))
 
 
-CLASS_SETS = {
-    "cityscapes7": _class_set("cityscapes7", _CITYSCAPES, seven=True),
-    "cityscapes19": _class_set("cityscapes19", _CITYSCAPES, seven=False),
-    "camvid11": _class_set("camvid11", _CAMVID, seven=False),
-    "camvid7": _class_set("camvid7", _CAMVID, seven=True),
-}
+def class_set(name: str, classes: dict, void: dict | None = None, people: list[str] | None = None) -> ClassSet:
+    """The class set that a class file describes; tools/class_files.py checks those of users."""
+    people = [name for name in PEOPLE if name in classes] if people is None else people
+    colours = np.array([entry["colour"] for entry in classes.values()], np.uint8)
+    made = ClassSet(name, tuple(classes), colours, tuple(people))
+    by_id = any("ids" in entry for entry in classes.values())
+    for target, entry in [*enumerate(classes.values()), (IGNORE_INDEX, void or {})]:
+        ids = entry.get("ids", []) if by_id else [target]
+        made.known[ids], made.lookup[ids] = True, target
+        shown = [entry["colour"]] if "colour" in entry else []
+        made.palette.update({tuple(colour): target for colour in [*shown, *entry.get("colours", [])] if not by_id})
+    return made
+
+
+TABLES = sorted((Path(__file__).parent / "class_sets").glob("*.toml"))
+CLASS_SETS = {path.stem: class_set(path.stem, **tomllib.loads(path.read_text())) for path in TABLES}

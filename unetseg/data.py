@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from . import distributed
 from .augment import AUGMENTATIONS, Source, epoch_draws, stream
-from .classes import CLASS_SETS, IGNORE_INDEX, PEOPLE, ClassSet
+from .classes import IGNORE_INDEX, ClassSet, stored
 from .files import UserError
 from .images import cv2
 from .processed import Split, find_split, read_pair, read_stats
@@ -59,7 +59,7 @@ def load_split(processed: Path, name: str, void: str = "ignore") -> Segmentation
     """
     split = find_split(processed, name)
     stats = read_stats(processed, split.folder)
-    class_set, (width, height), number = CLASS_SETS[stats["class_set"]], stats["size"], len(split.checked)
+    class_set, (width, height), number = stored(stats), stats["size"], len(split.checked)
     stems = list(split.checked)
     if void not in class_set.void_rules:
         raise SettingsError(f"void: expected {class_set.void_rules[0]} for {class_set.name}, found {void!r}")
@@ -143,21 +143,11 @@ def class_weights(num_pixels: np.ndarray, weighting: str = "sqrt") -> np.ndarray
     return weights
 
 
-def weights_table(dataset: SegmentationSet, weights: np.ndarray) -> str:
-    """Each class's share of the pixels, its weight, and its share of the loss at equal error, as text."""
-    share = dataset.num_pixels.sum(axis=0) / dataset.num_pixels.sum()
-    mass = share * weights / (share * weights).sum()
-    lines = [f"{'class':<16}{'pixels':>9}{'weight':>9}{'of the loss':>13}"]
-    for name, *row in zip(dataset.class_set.names, share, weights, mass):
-        lines.append(f"{name:<16}{row[0]:>8.1%} {row[1]:>8.2f}{row[2]:>12.1%}")
-    return "\n".join(lines)
-
-
 def instance_boxes(dataset: SegmentationSet, names: tuple[str, ...] | None = None) -> tuple[Tensor, Tensor]:
     """Bounding boxes of the connected components of some classes (people by default), largest first: (N, MOST_BOXES, 4)
     float x0, y0, x1, y1, and their number per image (N,) int64. Raises SettingsError for an unknown class."""
     known = dataset.class_set.names
-    names = [name for name in PEOPLE if name in known] if names is None else names
+    names = dataset.class_set.people if names is None else names
     if unknown := set(names) - set(known):
         raise SettingsError(f"aim_at: expected some of {', '.join(known)}; found {', '.join(sorted(unknown))}")
     wanted = [known.index(name) for name in names]

@@ -3,13 +3,12 @@
 Each process holds the whole model, takes its share of every batch, and ends a step with the same weights as the others.
 """
 
-import atexit
 import datetime
 import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,16 +37,6 @@ def begin() -> None:
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
         warnings.simplefilter("ignore")
-
-
-def leave(status: int) -> NoReturn:
-    """End this process; one of several skips the last clean-up, in which gloo may abort (pytorch/pytorch#179291)."""
-    if launched():
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
 
 
 def world() -> int:

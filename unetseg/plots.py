@@ -1,4 +1,4 @@
-"""Every figure of the project: each function takes arrays or results and returns a matplotlib Figure."""
+"""Every figure of the project: each function takes arrays or results and returns a matplotlib Figure, or a text."""
 
 from pathlib import Path
 
@@ -54,6 +54,16 @@ def class_distribution(class_set: ClassSet, shares: dict[str, np.ndarray], title
     handles = [Patch(label=label, **fade | {"color": "0.3"}) for label, fade in zip(shares, fades)]
     ax.legend(handles=handles, frameon=False)
     return _clean(figure)
+
+
+def weights_table(names: tuple[str, ...], num_pixels: np.ndarray, weights: np.ndarray) -> str:
+    """Each class's share of the (N, C) pixels, its weight (C,), and its share of the loss at equal error, as text."""
+    share = num_pixels.sum(axis=0) / num_pixels.sum()
+    mass = share * weights / (share * weights).sum()
+    lines = [f"{'class':<16}{'pixels':>9}{'weight':>9}{'of the loss':>13}"]
+    for name, *row in zip(names, share, weights, mass):
+        lines.append(f"{name:<16}{row[0]:>8.1%} {row[1]:>8.2f}{row[2]:>12.1%}")
+    return "\n".join(lines)
 
 
 def training_curves(history: list[dict], title: str = "") -> Figure:

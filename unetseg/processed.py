@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .classes import CLASS_SETS, IGNORE_INDEX
+from .classes import IGNORE_INDEX
 from .files import UserError, read_bytes, read_json
 from .images import cv2, read_png
 
@@ -59,9 +59,7 @@ def find_split(processed: Path, name: str) -> Split:
     if name in ("train", "val") and not has_val:
         chosen = np.random.RandomState(42).permutation(len(stems))[: max(1, round(len(stems) / 5))].tolist()
         kept = [stem for place, stem in enumerate(stems) if (place in chosen) == (name == "val")]
-        note = (
-            f"{len(kept)} of {len(stems)} train images: there is no val split, so a fifth of train is held out as val"
-        )
+        note = f"{len(kept)} of {len(stems)} train images: no val split, so a fifth of train is held out as val"
         stems = kept
     elif halved and name in ("val", "test"):
         shuffled, num_val = np.random.RandomState(42).permutation(len(stems)), -(-len(stems) // 2)
@@ -88,8 +86,6 @@ def read_stats(processed: Path, folder: str) -> dict:
     stats = read_json(path)
     if stats.get("format") != FORMAT:
         raise UserError(f"{path}: was written by another version of unetseg; run preprocessing into a new folder")
-    if stats["class_set"] not in CLASS_SETS:
-        raise UserError(f"{path}: expected one of the class sets {', '.join(CLASS_SETS)}, found {stats['class_set']!r}")
     return stats
 
 

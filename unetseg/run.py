@@ -14,14 +14,13 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from . import checkpoint, distributed
+from . import checkpoint, commit, distributed
 from .checkpoint import CONFIG, STATE, WEIGHTS
-from .classes import CLASS_SETS
+from .classes import stored
 from .data import Batches, SegmentationSet, class_weights, load_split
 from .device import be_deterministic, device_name, pick_device, precision_rule
 from .files import UserError, exclusive, make_folder, write_json
@@ -55,7 +54,8 @@ def train(settings: Settings, log: Callable[[dict], None] | None = None, sets: S
         distributed.from_first(partial(write_json, run / CONFIG, config))
         be_deterministic(settings.deterministic)
         (train_set, val_set), device = sets or load_sets(settings), pick_device()
-        tqdm.write(f"{run.name} on {device_name(device)}: {config['settings']['precision']}", sys.stderr)
+        if distributed.rank() == 0:
+            tqdm.write(f"{run.name} on {device_name(device)}: {config['settings']['precision']}", sys.stderr)
         model = initial_model(settings, config).to(device)
         check_smallest_batch(settings, model, train_set)
         train_batches = Batches(train_set, settings.batch_size, device, settings)
@@ -76,9 +76,8 @@ def resolve(settings: Settings) -> Settings:
         known = {name: about[name] for name in INHERITED}
         for name in ("model", "channels", "depth"):
             if getattr(settings, name) not in (None, known[name]):
-                raise SettingsError(
-                    f"{name}: expected {known[name]} as in {settings.init}, not {getattr(settings, name)}"
-                )
+                found = getattr(settings, name)
+                raise SettingsError(f"{name}: expected {known[name]} as in {settings.init}, found {found}")
     return replace(settings, **{name: value for name, value in known.items() if getattr(settings, name) is None})
 
 
@@ -96,8 +95,7 @@ def open_run(settings: Settings, sets: Sets | None = None) -> dict:
     stats, other = (read_stats(data, split.folder) for split in splits.values())
     if (stats["class_set"], stats["size"]) != (other["class_set"], other["size"]):
         raise UserError(f"{data}: train and val have different class sets or sizes; preprocess both again, alike")
-    facts = {"class_set": stats["class_set"], "classes": list(CLASS_SETS[stats["class_set"]].names)}
-    facts |= dict(zip(("width", "height"), stats["size"]))
+    facts = stored(stats).facts() | dict(zip(("width", "height"), stats["size"]))
     facts["init_sha256"] = checkpoint.weights_sha256(Path(init)) if init else None
     facts["data"] = {n: {"sha256": s.sha256, "note": s.note, "images": s.images} for n, s in splits.items()}
     config = distributed.from_first(partial(merge_config, settings, facts))
@@ -138,18 +136,6 @@ def merge_config(settings: Settings, facts: dict) -> dict:
     return config | {"cycles": cycles, "sessions": sessions}
 
 
-def commit() -> str:
-    """The commit of this code, marked "-dirty" when it was changed since; "unknown" outside its repository."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    run = partial(subprocess.run, capture_output=True, text=True, check=True, timeout=5, env=environment)
-    try:
-        run([*git, "ls-files", "--error-unmatch", "run.py"])  # or it is installed inside somebody else's repository
-        return run([*git, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
 def initial_model(settings: Settings, config: dict) -> nn.Module:
     """The network with random weights, or with those of `init`; says what is unusual about them."""
     if settings.init is None:
@@ -161,7 +147,7 @@ def initial_model(settings: Settings, config: dict) -> nn.Module:
         raise UserError(f"{init}: expected the classes {config['classes']}, found {about['classes']}")
     if about["void"] != settings.void:
         warnings.warn(f'{init} was trained with void="{about["void"]}", this run uses "{settings.void}"', stacklevel=2)
-    if init.is_dir() and about["format"] == checkpoint.FORMAT:
+    if (init / CONFIG).is_file() and about["format"] == checkpoint.FORMAT:
         done, planned = len(checkpoint.read_history(init)), checkpoint.read_config(init)["cycles"][-1]
     if done < planned:
         warnings.warn(f"{init} has {done} of {planned} epochs; its best weights so far are used", stacklevel=2)
@@ -188,12 +174,6 @@ def loss_function(settings: Settings, train_set: SegmentationSet, device: torch.
     return partial(function, class_weights=weights, all_sum=distributed.all_sum, **knobs)
 
 
-def augmented(settings: Settings, train_set: SegmentationSet, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """What the network sees: images (n, H, W, 3) uint8 and masks (n, H, W) uint8 of the first epoch."""
-    images, masks, _ = next(Batches(train_set, count, torch.device("cpu"), settings).epoch(1))
-    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy(), masks.to(torch.uint8).numpy()
-
-
 def summary(history: list[dict]) -> str:
     """The best epoch, in words."""
     if not history:
@@ -214,11 +194,14 @@ def launch(settings: Settings, config: dict, log: Callable[[dict], None] | None)
     options = {"stdout": subprocess.DEVNULL, "start_new_session": True, "preexec_fn": end_with_parent}
     child = subprocess.Popen(command, env=environment, **options)
     try:
-        while child.poll() is None or seen < len(checkpoint.read_history(run)):
-            for row in checkpoint.read_history(run)[seen:] if log else ():
+        ended = False
+        while not ended:
+            ended = child.poll() is not None  # before the last look
+            history = checkpoint.read_history(run)
+            for row in history[seen:] if log else ():
                 log(row)
-            seen = len(checkpoint.read_history(run))
-            time.sleep(0.1)
+            seen = len(history)
+            time.sleep(0 if ended else 0.2)
     except KeyboardInterrupt:  # which has not reached torchrun, in a session of its own
         child.send_signal(signal.SIGINT)  # once: it passes it on, and waits thirty seconds for the save
         child.wait()

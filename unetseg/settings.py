@@ -27,10 +27,7 @@ class SettingsError(UserError):
 
 
 def knob(default: object, text: str, *, choices: tuple | str = (), low: float = -math.inf, high: float = math.inf):
-    """A setting: default (None: from the preset or from `init`), help, allowed names or range; the type is its hint.
-
-    choices  names, or the registry that holds them as "module.REGISTRY"
-    """
+    """A setting: default (None: from the preset or `init`), help, names (or "module.REGISTRY") or range."""
     return field(default=default, metadata={"help": text, "choices": choices, "low": low, "high": high})
 
 
@@ -129,7 +126,7 @@ def complete(stored: dict) -> dict:
 
 def named_by(function: Callable, settings: dict) -> dict:
     """The settings whose names are parameters of `function`: how losses, augmentations and networks get their knobs."""
-    return {name: settings[name] for name in inspect.signature(function).parameters if name in settings}
+    return {name: settings[name] for name in inspect.signature(function).parameters if name in KNOBS}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -144,6 +141,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default = by_preset or INHERITED.get(name, declared.default)
         text += f"; a name in {choices.replace('.', '.py, ')}" if isinstance(choices, str) else ""
         text += f" ({' '.join(default) if kind(name) is tuple else default})" if default is not None else ""
-        options = {"nargs": "*"} if kind(name) is tuple else {"type": kind(name), "choices": choices or None}
-        options |= {"choices": None} if isinstance(choices, str) else {}
+        allowed = choices if choices and not isinstance(choices, str) else None
+        options = {"nargs": "*"} if kind(name) is tuple else {"type": kind(name), "choices": allowed}
         parser.add_argument(flag, **options, required=name in ("data", "out"), help=text)

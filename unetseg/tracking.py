@@ -70,10 +70,14 @@ class Tracker:
         if why:
             tqdm.write(f"warning: W&B: {why} logging offline; to upload later: {self.upload_command()}", sys.stderr)
         write_json(self.folder / RECORD, self.record)
+        self.describe(online and not why)
+
+    def describe(self, online: bool) -> None:
+        """Tell W&B what the rows' axis is, which values count, and which weights the run started from."""
         self.run.define_metric("*", step_metric="epoch")
         for name in ("val/miou", "val/accuracy"):
             self.run.define_metric(name, step_metric="epoch", summary="max")
-        if online and self.config["init_sha256"] and not why:
+        if online and self.config["init_sha256"]:
             stage = checkpoint.read_about(Path(self.config["settings"]["init"]))["stage"]
             with contextlib.suppress(Exception):  # the parent was logged elsewhere, or offline
                 bounded(4, lambda: self.run.use_artifact(f"unet-{stage}:{alias(self.config['init_sha256'])}"))
@@ -122,8 +126,8 @@ class Tracker:
             self.run.log(logged)
             self.run.log_artifact(artifact, aliases=["best", alias(sha256)])
 
-        self.record["best"] = sha256
         bounded(6, send)
+        self.record["best"] = sha256
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if not self.run:

@@ -104,7 +104,8 @@ class State:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": saved["moments"]})
             self.scaler.load_state_dict(saved["scaler"])
-            self.write_results()  # a kill, or a user, may have left others
+            if distributed.rank() == 0:
+                self.write_results()  # a kill, or a user, may have left others
 
     @property
     def epoch(self) -> int:
@@ -117,17 +118,16 @@ class State:
             state = {key: getattr(self, key) for key in ("history", "step", "seconds", "best", "sums")}
             state |= {"model": self.model.state_dict(), "moments": self.optimizer.state_dict()["state"]}
             checkpoint.save_state(self.run, state | {"scaler": self.scaler.state_dict()}, self.config)
-        self.write_results()
+            self.write_results()
         self.saved = time.monotonic()
         self.cost = self.saved - start
 
     def write_results(self) -> None:
         """Write the best weights and the history, which follow from the state."""
-        if distributed.rank() == 0 and self.best and self.best["epoch"] != self.written:
+        if self.best and self.best["epoch"] != self.written:
             checkpoint.save_weights(self.run, self.best, self.config)
             self.written = self.best["epoch"]
-        if distributed.rank() == 0:
-            checkpoint.write_history(self.run, self.history)
+        checkpoint.write_history(self.run, self.history)
 
     def watch(self, batches: Iterable) -> Iterator:
         """The same batches; between two of them, save when that is due, and stop by raising Pause."""
@@ -194,15 +194,14 @@ def fit(state: State, loss_fn: Callable, train_batches, val_batches, log: Callab
                 state.save()
         except Pause as pause:
             place = f"in epoch {state.epoch} of {num_epochs}, after step {state.step} of {state.steps_per_epoch}"
-            said = f"{state.run.name}: {pause}, stopped {place}. State saved: run the same command to resume."
-            bar.write(said if distributed.rank() == 0 else "", sys.stderr)
+            if distributed.rank() == 0:
+                place += ". State saved: run the same command to resume."
+                bar.write(f"{state.run.name}: {pause}, stopped {place}", sys.stderr)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             advice = f"try --batch-size {batch_size // 2}" if batch_size > 1 else "use fewer channels or smaller images"
-            raise TrainingStopped(
-                f"out of memory with batch size {batch_size}: {advice} ({str(error)[:150]})"
-            ) from None
+            raise TrainingStopped(f"out of memory with batch size {batch_size}: {advice} ({str(error)[:99]})") from None
     if state.epoch > num_epochs and state.best is None:
         raise TrainingStopped(f"{state.run}: training diverged, no epoch has a finite val loss; use a lower lr")
     return state.history

@@ -15,15 +15,8 @@ from .scenes import draw_dataset
 
 KAGGLE = Path("/kaggle")
 DEEPEST = 6  # folders below /kaggle/input that are looked into: datasets/<owner>/<slug>/<three more>
-INSIDE = (
-    "images_processed",
-    "masks_processed",
-    "visualizations",
-    "leftImg8bit",
-    "gtFine",
-    "wandb",
-    preprocess.UNFINISHED,
-)
+INSIDE = ("images_processed", "masks_processed", "visualizations", "leftImg8bit", "gtFine", "wandb")
+INSIDE += (preprocess.UNFINISHED,)
 DRAWN = {"train": 64, "val": 40}  # scenes
 
 

@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..classes import CLASS_SETS, IGNORE_INDEX, ClassSet
+from ..classes import CLASS_SETS, IGNORE_INDEX, ClassSet, stored
 from ..files import FileError, UserError, atomic_open, exclusive, make_folder, read_bytes, read_json, write_json
 from ..images import BadFile, cv2, overlay, shrink
 from ..processed import FORMAT, checksum, pair_paths, read_image, read_pair
@@ -335,7 +335,7 @@ def write_stats(out: Path, split: str, layout: Layout, recipe: Recipe, records: 
     class_set = CLASS_SETS[recipe.class_set]
     good = [record for record in records if not record.error]
     stats = {"format": FORMAT, "split": split, **asdict(recipe), "val_is_halved": layout.val_is_halved}
-    stats |= {"classes": class_set.names, "colours": class_set.colours.tolist(), "num_images": len(good)}
+    stats |= class_set.facts() | {"num_images": len(good)}
     if good[0].resized:
         keys = [*class_set.names, "void"]
         for name in ("full_resolution", "resized"):
@@ -367,7 +367,7 @@ def draw(folder: Path, stats: dict, stems: list[str]) -> None:
     """Write visualizations/<split>_class_distribution.png and, with the images of these stems, <split>_samples.jpg."""
     from .. import plots  # here, because every worker imports this file and few of them draw
 
-    class_set, split = CLASS_SETS[stats["class_set"]], stats["split"]
+    class_set, split = stored(stats), stats["split"]
     total = {name.replace("_", " "): np.array(list(pixels.values())) for name, pixels in stats["pixels"].items()}
     shares = {name: pixels / pixels.sum() for name, pixels in total.items()}
     title = f"{stats['split']}: {stats['num_images']} images"

@@ -1,0 +1,139 @@
+"""Scores of a run on a split: written to its folder, read back only while they are true, and shown as tables."""
+
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .. import checkpoint
+from ..data import Batches, load_split
+from ..files import UserError, read_json, write_json
+from ..inference import best_model
+from ..losses import cross_entropy
+from ..metrics import METRICS, scores
+from ..processed import NoSplit, Split, find_split, scored_split
+from ..train import evaluate
+
+MOST_PIXELS = 8 * 1024 * 512  # that are scored at once
+
+
+def evaluate_run(run: Path, processed: Path, split: str | None = None) -> dict:
+    """Score a run's best weights on a split ("test", or "val" where there is no test) under each void rule, in fp32.
+
+    Returns what it writes to results_<split>.json: scores, confusion matrix, and the context they hold in.
+    """
+    config, (model, about) = checkpoint.read_config(run), best_model(run)
+    dataset = load_split(processed, split or scored_split(processed))
+    found = {"classes": list(dataset.class_set.names), "width": dataset.size[0], "height": dataset.size[1]}
+    if changed := checkpoint.differences(about, found):
+        raise UserError("\n".join([f"{processed}: expected data like those {run} was trained on:", *changed]))
+    at_once = min(8, max(1, MOST_PIXELS // (dataset.size[0] * dataset.size[1])))
+    batches = Batches(dataset, at_once, next(model.parameters()).device).epoch()
+    progress = tqdm(batches, f"scoring {run.name}", -(-len(dataset) // at_once), unit="batch", leave=False, delay=1)
+    result = evaluate(model, progress, len(about["classes"]), cross_entropy)
+    history = checkpoint.read_history(run)
+    results = {"run": run.name, "split": dataset.split.name, "split_note": dataset.split.note}
+    results["remarks"] = remarks(config, history, dataset.split, processed)
+    results |= {"num_images": len(dataset), "size": list(dataset.size), "class_set": dataset.class_set.name}
+    results |= {key: config["settings"][key] for key in ("stage", "seed", "precision")}
+    results |= {key: joined(config, key) for key in ("device", "torch", "commit")}
+    results |= {"epochs": len(history), "best_epoch": about["epoch"], "trained_void": about["void"]}
+    results |= {"train_seconds": sum(r["seconds"] for r in history), "images_per_second": len(dataset) / result.seconds}
+    results |= {"parameters": sum(weight.numel() for weight in model.parameters())}
+    results["rules"] = {rule: scores(result.confusion, about["classes"], rule) for rule in dataset.class_set.void_rules}
+    results |= {"confusion": result.confusion.tolist(), "weights_sha256": checkpoint.weights_sha256(run)}
+    results |= {"data_sha256": dataset.split.sha256, "images": dataset.split.images}
+    try:
+        write_json(run / f"results_{dataset.split.name}.json", results)
+    except UserError as error:  # a run folder may be attached read-only
+        tqdm.write(f"warning: the scores are not kept: {error}")
+    return results
+
+
+def joined(config: dict, key: str) -> str:
+    """A fact of all sessions that trained a run, such as its commits."""
+    return " / ".join(dict.fromkeys(session[key] for session in config["sessions"]))
+
+
+def remarks(config: dict, history: list[dict], split: Split, processed: Path) -> list[str]:
+    """What a reader of a run's scores must know."""
+    said, planned, trained_on = [], config["cycles"][-1], config["data"]
+
+    def fingerprint(name: str) -> str:
+        try:
+            return find_split(processed, name).sha256
+        except NoSplit:
+            return ""
+
+    if split.name.startswith("val"):
+        said.append("the best epoch was chosen on val, so these scores flatter")
+    if split.name == "val" and scored_split(processed) == "val":
+        said.append("there is no test split")
+    if len(history) < planned:
+        said.append(f"training is not finished: {len(history)} of {planned} epochs are done")
+    seen = set(split.images) & {image for found in trained_on.values() for image in found["images"]}
+    if split.name == "test" and seen:
+        said.append(f"{len(seen)} of these images were in the run's train or val split: they are not unseen")
+    if any(fingerprint(name) != trained_on[name]["sha256"] for name in trained_on):
+        said.append(f"{processed} does not hold the data that the run was trained on")
+    return said
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def results_table(results: dict) -> str:
+    """The scores of `evaluate_run` as text, under every rule, the trained one marked."""
+    size = "x".join(map(str, results["size"]))
+    lines = [f"{results['run']}: {results['split_note']} ({results['split']}), {size}", *results["remarks"]]
+    for rule, score in results["rules"].items():
+        mark = " (trained under this rule)" if rule == results["trained_void"] else ""
+        totals = ", ".join(f"{ {'miou': 'mIoU'}.get(name, name) } {number(score[name])}" for name in METRICS)
+        lines += [f"void={rule}{mark}: {totals}", f"  {'class':<16}{'IoU':>8}{'precision':>11}{'recall':>8}{'F1':>8}"]
+        for name, values in score["classes"].items():
+            iou, precision, recall, f1 = (number(values[key]) for key in ("iou", "precision", "recall", "f1"))
+            absent = "  absent from this split, not in mIoU" if values["iou"] is None else ""
+            lines.append(f"  {name:<16}{iou:>8}{precision:>11}{recall:>8}{f1:>8}{absent}")
+    return "\n".join(lines)
+
+
+def headline(results: dict) -> dict[str, float | None]:
+    """IoU per class, mIoU and the other totals under the rule that the run was trained under."""
+    score = results["rules"][results["trained_void"]]
+    ious = {name: values["iou"] for name, values in score["classes"].items()}
+    return ious | {{"miou": "mIoU"}.get(name, name): score[name] for name in METRICS}
+
+
+def read_results(run: Path, split: str | None = None) -> dict:
+    """The scores that `evaluate_run` left in a run folder, those of the test split first.
+
+    Raises UserError when there are none, or when they are those of other weights than the folder's.
+    """
+    names = (split,) if split else ("test", "val", "val_all")
+    path = next((path for name in names if (path := run / f"results_{name}.json").is_file()), None)
+    if path is None:
+        raise UserError(f"{run}: expected results_<split>.json, found none; run `python -m unetseg evaluate` first")
+    results = read_json(path)
+    if results.get("weights_sha256") != checkpoint.weights_sha256(run):
+        raise UserError(f"{path}: these are scores of other weights than {run} holds; run `evaluate` again")
+    return results
+
+
+def comparable(results: list[dict]) -> None:
+    """Raise UserError unless all were scored on the same images, at the same size and under the same void rule."""
+    for key in ("split", "data_sha256", "size", "trained_void"):
+        if len({str(result[key]) for result in results}) > 1:
+            found = ", ".join(f"{result['run']}: {str(result[key])[:20]}" for result in results)
+            raise UserError(f"expected runs with the same {key}, found {found}; evaluate them alike")
+
+
+def comparison_table(runs: list[Path]) -> str:
+    """IoU per class of several scored runs as text, with each run's difference to the first in points (1/100)."""
+    results = [read_results(run) for run in runs]
+    comparable(results)
+    base, *others = [headline(result) for result in results]
+    lines = [f"{'IoU':<16}{runs[0].name:>12}" + "".join(f"{run.name:>20}" for run in runs[1:])]
+    for name, old in base.items():
+        cells = ["–" if old is None else f"{new[name]:.4f} ({100 * (new[name] - old):+.1f})" for new in others]
+        lines.append(f"{name:<16}{number(old):>12}" + "".join(f"{cell:>20}" for cell in cells))
+    return "\n".join([*lines, *dict.fromkeys(remark for result in results for remark in result["remarks"])])
