@@ -25,7 +25,7 @@ if __name__ != "__mp_main__":  # worker processes import this file, too, and nee
     from unetseg.processed import find_split, read_stats
     from unetseg.settings import PRESETS
     from unetseg.tools import doctor, kaggle, preprocess, scenes
-    from unetseg.tools.layouts import find_layout
+    from unetseg.tools.layouts import find_data
 
 QUICK_CHANNELS = 16
 QUICK_IMAGES = {"scratch": 2000, "weighted_ce": 800, "ce_dice": 800}  # images seen by a quick training of each stage
@@ -51,10 +51,10 @@ def prepare(data: Path | None, home: Path, quick: bool) -> tuple[Path, int]:
         raw = home / "scenes"
         say(f"Drawing street scenes into {raw}")
         scenes.draw_dataset(raw, kaggle.DRAWN)
-    layout, processed = find_layout(raw), home / "processed"
+    data_set, processed = find_data(raw), home / "processed"
     say(f"Preprocessing {raw}")
-    size = layout.quick_size if quick else "256"
-    status = preprocess.main(["--data_dir", str(raw), "--output_dir", str(processed), "--size", size])
+    size = "x".join(map(str, data_set.quick_size())) if quick else "256"
+    status = preprocess.main(["--data_dir", str(raw), "--output_dir", str(processed), "--size", size], data_set)
     if status and not (processed / "stats_train.json").is_file():
         raise SystemExit(status)
     return processed, status

@@ -66,7 +66,7 @@ def spoil_picture(root):
 @pytest.mark.parametrize("spoil, expected", [
     (spoil_labels, "expected pairs of image and labels in train, found none"),
     (spoil_train, "expected a split train, found val"),
-    (spoil_picture, "expected a complete PNG file (1 are truncated)"),
+    (spoil_picture, "expected a complete file (1 are truncated)"),
 ])  # fmt: skip
 def test_spoiled_raw_data_are_the_thing_to_change(quick, capsys, raw, tmp_path, spoil, expected):
     shutil.copytree(raw, tmp_path / "raw")

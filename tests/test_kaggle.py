@@ -194,14 +194,15 @@ def test_data_begun_in_an_earlier_session_are_finished(mounts, tmp_path, monkeyp
     assert (tmp_path / "runs" / "processed" / "stats_val.json").is_file()
 
 
-def test_the_two_archives_of_cityscapes_side_by_side(mounts, raw, tmp_path):
+def test_the_two_archives_of_cityscapes_side_by_side(mounts, raw, tmp_path, monkeypatch, capsys):
     for name in ("leftImg8bit", "gtFine"):
         shutil.copytree(raw / name, mounts / "cityscapes" / f"{name}_trainvaltest" / name)
-    found = place.find_raw(list(place.attached()), tmp_path / "runs")
-    assert found == tmp_path / "runs" / "raw"
-    shutil.move(mounts / "cityscapes", mounts / "moved")  # the next session: attached elsewhere, the links lead nowhere
-    found = place.find_raw(list(place.attached()), tmp_path / "runs")
-    assert len(list((found / "leftImg8bit").rglob("*.png"))) == 10
+    monkeypatch.setattr(preprocess, "main", lambda argv, data_set: print(len(data_set.pairs("train")[0]), "pairs"))
+    for name in ("cityscapes", "moved"):  # the next session may attach them elsewhere
+        place.find_data(tmp_path / name)
+        assert "6 pairs" in capsys.readouterr().out
+        if name == "cityscapes":
+            shutil.move(mounts / name, mounts / "moved")
 
 
 def test_what_is_not_used_is_said(mounts, raw, processed, tmp_path, capsys):
@@ -216,13 +217,16 @@ def test_pictures_in_an_unknown_layout_are_an_error_and_no_scenes_are_drawn(moun
     code(mounts / "unetseg")
     (mounts / "unetseg" / "figure.png").touch()
     shutil.copytree(next((raw / "leftImg8bit" / "train").iterdir()), mounts / "datasets" / "me" / "camvid" / "frames")
-    with pytest.raises(UserError, match=r"expected leftImg8bit/ and gtFine/ .*; found frames"):
+    with pytest.raises(
+        UserError,
+        match=r"expected leftImg8bit/ and gtFine/ .*; found .*camvid/frames/ with 6 files like drawn_.*, 256x128",
+    ):
         place.find_data(tmp_path / "runs")
 
 
 def test_one_archive_of_cityscapes_alone_is_no_reason_to_draw_scenes(mounts, raw, tmp_path):
     shutil.copytree(raw / "leftImg8bit", mounts / "datasets" / "me" / "cityscapes" / "leftImg8bit")
-    with pytest.raises(UserError, match="expected gtFine beside it, found none; attach both"):
+    with pytest.raises(UserError, match="expected gtFine/ with folders of splits, found none; both archives"):
         place.find_data(tmp_path / "runs")
 
 

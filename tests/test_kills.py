@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, process, same, tree, without_timings
 
 from unetseg import checkpoint
+from unetseg.classes import CLASS_SETS
 from unetseg.files import FileError, UserError, atomic_open, exclusive, write_json
 from unetseg.tools import preprocess
 
@@ -215,20 +216,21 @@ def test_a_full_disk_leaves_what_was_made(raw, tmp_path):
 
 def test_files_that_may_not_be_read_or_vanish_are_reported_one_by_one(raw, tmp_path, monkeypatch):
     shutil.copytree(raw, tmp_path / "raw")
-    layout = preprocess.find_layout(tmp_path / "raw")
-    pairs, _ = layout.pairs(tmp_path / "raw", "train")
-    recipe = preprocess.Recipe("cityscapes", "cityscapes7", (32, 32), "float32")
+    data_set = preprocess.find_data(tmp_path / "raw")
+    pairs, _ = data_set.pairs("train")
+    recipe = preprocess.Recipe("cityscapes", "cityscapes7", "", (32, 32), "float32")
+    task = preprocess.Task(tmp_path / "out", "train", recipe, data_set.layout, CLASS_SETS["cityscapes7"], 1)
     pairs[0].image.unlink()
     pairs[1].labels.unlink()
     for pair, path in ((pairs[0], pairs[0].image), (pairs[1], pairs[1].labels)):
-        record = preprocess.process((pair, []), tmp_path / "out", "train", recipe)
+        record = preprocess.process((pair, []), task)
         assert record.error == f"{path}: No such file or directory"
 
     def denied(path, *args):
         raise FileError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(preprocess, "read_bytes", denied)
-    record = preprocess.process((pairs[2], []), tmp_path / "out", "train", recipe)
+    record = preprocess.process((pairs[2], []), task)
     assert record.error == f"{pairs[2].image}: Permission denied"
 
 

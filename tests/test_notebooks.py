@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import execute
@@ -60,8 +59,7 @@ def test_the_first_cell_is_the_same_in_all_three():
 
 def test_the_main_job_from_raw_scenes_to_the_report(raw, tmp_path, monkeypatch, capfd):
     """What `make run DATA=... QUICK=1` does, at a tiny size: preprocessing, the three notebooks, report, summary."""
-    small = replace(layouts.LAYOUTS[0], quick_size="64x32")
-    monkeypatch.setattr(run_all, "find_layout", lambda root: small)
+    monkeypatch.setattr(layouts.DataSet, "quick_size", lambda self: (64, 32))
     monkeypatch.setattr(run_all, "QUICK_CHANNELS", 4)
     monkeypatch.setattr(run_all, "QUICK_IMAGES", dict.fromkeys(execute.NOTEBOOKS, 1))
     monkeypatch.setattr(sys, "argv", ["run_all.py", "--data", str(raw), "--out", str(tmp_path), "--quick"])

@@ -20,7 +20,7 @@ from unetseg.data import load_split
 from unetseg.files import UserError, read_json
 from unetseg.images import BadFile, read_png, shrink
 from unetseg.tools import preprocess, scenes
-from unetseg.tools.layouts import LAYOUTS, find_layout
+from unetseg.tools.layouts import find_data
 
 SCRIPT = ROOT / "preprocessing" / "image_segmentation_preprocessing.py"
 
@@ -243,7 +243,6 @@ def test_an_image_is_refused_wherever_it_is_cut(raw, tmp_path):
 @pytest.mark.parametrize("options, message", [
     (["--data_dir", "nowhere"], "found nothing"),
     (["--data_dir", "empty"], "expected leftImg8bit/ and gtFine/"),
-    (["--data_dir", "above"], "did you mean .*cityscapes"),
     (["--splits", "train", "nosuch"], "expected the splits .*nosuch"),
     (["--classes", "camvid11"], "--classes: expected cityscapes7 or cityscapes19"),
 ])  # fmt: skip
@@ -282,14 +281,6 @@ def test_a_split_without_labels_is_named_image_by_image_and_the_others_are_done(
     said = capsys.readouterr().err
     assert "in the split test, found none" in said and said.count("expected its label file") == 4
     assert stats(tmp_path / "out")["num_images"] == 6 and not (tmp_path / "out" / "stats_val.json").exists()
-
-
-def test_layouts_are_found_by_what_lies_there(raw, tmp_path):
-    assert find_layout(raw).name == "cityscapes" and find_layout(raw).found_splits(raw) == ["train", "val"]
-    for folder in ("train", "trainannot", "val", "valannot"):
-        (tmp_path / folder).mkdir()
-    assert find_layout(tmp_path).name == "camvid" and find_layout(tmp_path).found_splits(tmp_path) == ["train", "val"]
-    assert {layout.name for layout in LAYOUTS} == {"cityscapes", "camvid"}
 
 
 # ---- a processed split is one thing
@@ -417,4 +408,4 @@ def test_a_dead_worker_is_reported_and_the_next_run_continues(raw, tmp_path, mon
     assert "a worker process died (out of memory?); run again with fewer --workers" in capsys.readouterr().err
     assert process(raw, tmp_path / "out") == 0
     with pytest.raises(UserError):
-        preprocess.find_layout(tmp_path / "out")
+        find_data(tmp_path / "out")

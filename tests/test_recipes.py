@@ -11,6 +11,8 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+from unetseg.tools.class_files import read_class_file
+
 TEXT = (ROOT / "docs" / "changing-things.md").read_text(encoding="utf-8")
 RECIPES = {part.splitlines()[0]: part for part in TEXT.split("\n## ")[1:]}
 STEP = re.compile(r"(?:(At the end of|As) `([^`]+)`[^\n]*\n\n)?```(python|toml|bash)\n(.*?)```", re.DOTALL)
@@ -24,15 +26,21 @@ EXPECTED = {
 }
 
 
+def draw_pairs(root, images, masks, split):
+    rng = np.random.default_rng(len(split))
+    for number in range(3):
+        arrays = {images: rng.integers(0, 255, (64, 64, 3), np.uint8), masks: np.eye(64, dtype=np.uint8)}
+        for kind, array in arrays.items():
+            (root / kind / split).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(root / kind / split / f"{number}.png")
+
+
 @pytest.mark.parametrize("title", RECIPES)
 def test_a_recipe_works_as_printed(title, processed, tmp_path):
     shutil.copytree(ROOT / "unetseg", tmp_path / "unetseg", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(processed, tmp_path / "processed")
     for split in ("train", "val"):
-        for kind, array in (("images", np.zeros((64, 64, 3), np.uint8)), ("masks", np.eye(64, dtype=np.uint8))):
-            (tmp_path / "raw_roads" / kind / split).mkdir(parents=True)
-            for number in range(3):
-                Image.fromarray(array).save(tmp_path / "raw_roads" / kind / split / f"{number}.png")
+        draw_pairs(tmp_path / "raw_roads", "photos", "truth", split)
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "WANDB_MODE": "disabled"}
     lines = 0
     for verb, name, language, block in STEP.findall(RECIPES[title]):
@@ -51,3 +59,19 @@ def test_a_recipe_works_as_printed(title, processed, tmp_path):
 
 def test_there_are_six_recipes():
     assert len(RECIPES) == len(EXPECTED) == 6
+
+
+def test_ones_own_data_train_by_the_lines_of_the_page(tmp_path):
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    block = re.search(r"```bash\n(python -m unetseg classes.*?)```", page, re.DOTALL)[1]
+    for split in ("train", "val"):
+        draw_pairs(tmp_path / "my_data", "images", "masks", split)
+    for command in block.splitlines():
+        parts = [sys.executable, *command.split()[1:]]
+        environment = os.environ | {"WANDB_MODE": "disabled"}
+        done = subprocess.run(parts, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert len(block.splitlines()) <= 10 and "class_1" in (tmp_path / "runs" / "mine" / "results_val.json").read_text()
+    toml = re.search(r"```toml\n(.*?)```", page, re.DOTALL)[1]
+    (tmp_path / "classes.toml").write_text(toml)
+    assert read_class_file(tmp_path / "classes.toml").people == ("walker",)

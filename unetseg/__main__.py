@@ -1,4 +1,4 @@
-"""python -m unetseg preprocess | scenes | train | resume | evaluate | predict | doctor"""
+"""python -m unetseg preprocess | scenes | train | resume | evaluate | predict | classes | doctor"""
 
 import os
 import signal
@@ -43,6 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER")
     add("--out", type=Path, required=True)
     add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto", help="auto: by rule for the device")
+    add = commands.add_parser("classes", help="write a first class file for one's own images and masks").add_argument
+    add("folder", type=Path, help="with a folder of images and one of masks")
+    add("--out", type=Path, help="default: classes.toml in the folder")
     add = commands.add_parser("doctor", help="what this machine has, and how long training will take").add_argument
     add("--data", type=Path, help="a processed folder, or a raw data set")
     return parser
@@ -109,8 +112,16 @@ def doctor(args: argparse.Namespace) -> int:
     return examine(args.data)
 
 
+def classes(args: argparse.Namespace) -> int:
+    from .tools.class_files import write_class_file
+
+    listen()
+    say(write_class_file(args.folder, args.out))
+    return 0
+
+
 COMMANDS = {"train": train, "resume": train, "scenes": scenes, "evaluate": evaluate, "predict": predict}
-COMMANDS |= {"doctor": doctor}
+COMMANDS |= {"classes": classes, "doctor": doctor}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,6 +10,7 @@ Each is a TOML file in class_sets/, or a user's own, which may give `people` and
     colours = [[0, 0, 0]]
 """
 
+import hashlib
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,11 @@ class ClassSet:
         """What statistics, runs and results keep of it, for `stored`."""
         colours, people = self.colours.tolist(), list(self.people)
         return {"class_set": self.name, "classes": list(self.names), "colours": colours, "people": people}
+
+    def digest(self) -> str:
+        """A hash of everything that decides which mask a label file becomes."""
+        tables = self.lookup.tolist(), self.known.tolist(), sorted(self.palette.items())
+        return hashlib.sha256(repr((self.names, self.people, *tables)).encode()).hexdigest()[:16]
 
     def paint(self, mask: np.ndarray) -> np.ndarray:
         """Class ids (H, W), 255 = void -> RGB (H, W, 3) uint8; void is black."""

@@ -51,6 +51,31 @@ def read_png(path: Path, mode: str, encoded: bytes | None = None) -> np.ndarray:
     return image
 
 
+def read_pixels(path: Path, encoded: bytes, indexed: bool = False) -> np.ndarray:
+    """What a PNG or JPEG file holds, where that is certain: (H, W) or RGB (H, W, 3), uint8. An opaque alpha is dropped.
+
+    indexed  whether a palette's indices are meant, or its colours
+    Raises BadFile when the file is damaged, transparent, or has values above 255.
+    """
+    png, depth, kind = encoded[:4] == b"\x89PNG", *encoded[24:26].ljust(2, b"\0")
+    if png and depth == 8 and kind in (0, 2):
+        return read_png(path, "RGB" if kind else "L", encoded)
+    try:
+        with _open(encoded, ["PNG", "JPEG"]) as picture:
+            ImageOps.exif_transpose(picture, in_place=True)
+            found = f"{depth}-bit {picture.mode}" if png and depth != 8 else picture.mode
+            pixels = np.array(picture if indexed or picture.mode != "P" else picture.convert("RGBA"))
+    except Exception as error:  # Pillow has no common base class for the errors of damaged files
+        raise BadFile(f"{path}: expected a complete PNG or JPEG file, found {_reason(error)}") from None
+    pixels = pixels[..., :3] if pixels.ndim == 3 and pixels.shape[2] == 4 and pixels[..., 3].min() == 255 else pixels
+    certain = found in ("L", "RGB", "RGBA", "1-bit 1", "16-bit I;16") or found.endswith("P")
+    if not certain or pixels.shape[2:] not in ((), (3,)) or pixels.max(initial=0) > 255:
+        raise BadFile(
+            f"{path}: expected an opaque 8-bit RGB image, ids or a palette, found mode {found}, up to {pixels.max()}"
+        )
+    return np.ascontiguousarray(pixels, np.uint8)
+
+
 def read_photo(path: Path) -> np.ndarray:
     """An 8-bit image in one of the PHOTOS formats, turned upright, as RGB (H, W, 3) uint8 without alpha.
 

@@ -10,7 +10,7 @@ from ..files import UserError, read_json, write_json
 from ..inference import best_model
 from ..losses import cross_entropy
 from ..metrics import METRICS, scores
-from ..processed import NoSplit, Split, find_split, scored_split
+from ..processed import NoSplit, Split, find_split, read_stats, scored_split
 from ..train import evaluate
 
 MOST_PIXELS = 8 * 1024 * 512  # that are scored at once
@@ -56,7 +56,8 @@ def joined(config: dict, key: str) -> str:
 
 def remarks(config: dict, history: list[dict], split: Split, processed: Path) -> list[str]:
     """What a reader of a run's scores must know."""
-    said, planned, trained_on = [], config["cycles"][-1], config["data"]
+    said = list(read_stats(processed, split.folder).get("notes", []))
+    planned, trained_on = config["cycles"][-1], config["data"]
 
     def fingerprint(name: str) -> str:
         try:

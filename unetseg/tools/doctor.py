@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from .. import device, tracking
-from ..classes import CLASS_SETS
 from ..data import load_split
 from ..files import UserError, read_bytes
 from ..losses import cross_entropy
@@ -21,11 +20,14 @@ from ..model import UNet
 from ..processed import read_stats
 from ..settings import INHERITED, PRESETS
 from ..train import forward
-from .layouts import choose_splits, find_layout
+from .judge import judge_ids
+from .layouts import choose_splits, find_data
+from .preprocess import check_ids, choose_classes, count_ids
 
 GIB = 1 << 30
 CITYSCAPES = {"train": 2975, "val": 250}  # images
 SESSION = 12  # hours of a Kaggle session
+SAMPLES = 16  # label files read of each split of raw data
 LEAST_DISK = 2  # GiB for a run's weights, state, pictures and logs
 
 
@@ -89,31 +91,36 @@ def processed_data(path: Path) -> tuple[str, tuple]:
         absent = [one for one, pixels in zip(class_set.names, loaded.num_pixels.sum(axis=0)) if not pixels]
         without = f"; without a pixel of {', '.join(absent)}" if absent else "; all classes occur"
         lines.append(f"{name}: {len(loaded)} pairs, {loaded.split.note}{without}")
-        if left_out := read_stats(path, loaded.split.folder)["left_out"]:
-            lines.append(f"{name}: preprocessing left {len(left_out)} out (see stats_{loaded.split.folder}.json)")
+        stats = read_stats(path, loaded.split.folder)
+        if stats["left_out"]:
+            lines.append(f"{name}: preprocessing left {len(stats['left_out'])} out (see stats_{stats['split']}.json)")
+        lines += [f"{name}: {said}" for said in stats.get("notes", []) + stats.get("warnings", [])]
     return "\n             ".join(lines), (len(class_set), size, {name: len(loaded) for name, loaded in splits.items()})
 
 
 def raw_data(path: Path) -> tuple[str, tuple]:
-    """Lists every file, and reads the first label file of each split."""
-    layout = find_layout(path)
-    class_set, counts, lines = CLASS_SETS[layout.class_sets[0]], {}, [f"{path}: raw {layout.name}, to be preprocessed"]
-    for split in choose_splits(path, layout, None):
-        pairs, alone = layout.pairs(path, split)
+    """Lists every file, and reads some label files of each split."""
+    data_set = find_data(path)
+    class_set, counts = choose_classes(data_set, None), {}
+    lines = [f"{data_set.root}: raw {data_set.layout.name}, to be preprocessed", *data_set.notes]
+    for split in choose_splits(data_set, None):
+        pairs, alone = data_set.pairs(split)
         if not pairs:
             raise UserError(f"{path}: expected pairs of image and labels in {split}, found none")
-        counts[split], about = len(pairs), f"{split}: {len(pairs)} pairs"
-        if pairs[0].labels:
-            ids = layout.read_labels(pairs[0].labels, read_bytes(pairs[0].labels))
-            unknown = sorted({*np.unique(ids).tolist()} - {*np.flatnonzero(class_set.known).tolist()})
-            if unknown:
-                raise UserError(f"{pairs[0].labels}: expected label ids, found {unknown} among them")
-            about += f" of {ids.shape[1]}x{ids.shape[0]}, ids {ids.min()}..{ids.max()} in the first"
-        broken = [file for pair in pairs for file in (pair.image, pair.labels) if file and not is_complete(file)]
+        counts[split], ids = len(pairs), np.zeros(256, np.int64)
+        for pair in pairs[:: 1 + len(pairs) // SAMPLES]:
+            labels = data_set.layout.read_labels(pair.labels, read_bytes(pair.labels), class_set)
+            check_ids(count_ids(labels), class_set, pair.labels)
+            ids += count_ids(labels)
+        present = {int(id_): int(ids[id_]) for id_ in np.flatnonzero(ids)}
+        broken = [file for pair in pairs for file in (pair.image, pair.labels) if not is_complete(file)]
         if broken:
-            raise UserError(f"{broken[0]}: expected a complete PNG file ({len(broken)} are truncated); copy it again")
+            raise UserError(f"{broken[0]}: expected a complete file ({len(broken)} are truncated); copy it again")
+        about = (
+            f"{split}: {len(pairs)} pairs of {labels.shape[1]}x{labels.shape[0]}, ids {min(present)}..{max(present)}"
+        )
         about += f"; {len(alone)} files without a partner, such as {next(iter(alone.values()))}" if alone else ""
-        lines.append(about)
+        lines += [about, *(f"{split}: {said}" for said in judge_ids(split, data_set.layout, class_set, present))]
     if "train" not in counts:
         raise UserError(f"{path}: expected a split train, found {', '.join(counts)}")
     images = {"train": counts["train"], "val": counts.get("val", 0)}
@@ -121,10 +128,11 @@ def raw_data(path: Path) -> tuple[str, tuple]:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a PNG file has its end."""
+    """Whether a PNG or JPEG file has its end."""
+    end = {".png": b"IEND", ".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9"}.get(path.suffix.lower(), b"")
     with path.open("rb") as file:
         file.seek(max(path.stat().st_size - 4096, 0))
-        return b"IEND" in file.read()
+        return end in file.read()
 
 
 def describe_wandb() -> tuple[str, None]:

@@ -10,7 +10,7 @@ from .. import checkpoint
 from ..files import UserError
 from ..settings import Settings
 from . import preprocess
-from .layouts import LAYOUTS, find_layout
+from .layouts import describe, find_data_sets
 from .scenes import draw_dataset
 
 KAGGLE = Path("/kaggle")
@@ -24,13 +24,17 @@ def prepare(settings: Settings) -> Settings:
     """The same settings with data that are there; prints what was found, and makes what is missing.
 
     data="auto" becomes the folder `processed` beside the run folder; else an attached processed folder; else one made
-    from attached raw data or, where no pictures are attached, from drawn scenes. Attached runs (of an earlier session
+    from attached raw data or, where no pictures are attached, from drawn scenes. A raw data set by its folder becomes
+    the processed folder made from it. Attached runs (of an earlier session
     or another notebook) are copied beside the run folder. A W&B key among Kaggle's secrets goes into the environment.
     """
     take_key()
     home = Path(settings.out).parent
     bring_runs(home)
-    return replace(settings, data=str(find_data(home))) if settings.data == "auto" else settings
+    if settings.data == "auto":
+        return replace(settings, data=str(find_data(home)))
+    raw = Path(settings.data).is_dir() and not list(Path(settings.data).glob("stats_*.json"))
+    return replace(settings, data=str(find_data(home, Path(settings.data)))) if raw else settings
 
 
 def take_key() -> None:
@@ -76,60 +80,37 @@ def bring_runs(home: Path) -> None:
             print(f"{home / name}: {epochs} epochs, copied from {run}")
 
 
-def find_data(home: Path) -> Path:
-    """The processed folder of data="auto"."""
+def find_data(home: Path, raw: Path | None = None) -> Path:
+    """The processed folder of data="auto", or of a raw data set."""
     processed, folders = home / "processed", list(attached())
-    if (processed / "stats_train.json").is_file():
+    if (processed / "stats_train.json").is_file() and raw is None:
         print(f"data: {processed}, made before")
         return processed
+    found, tree = find_data_sets(raw or KAGGLE / "input") if (raw or KAGGLE / "input").is_dir() else ([], {})
     ready = [f for f in folders if (f / "stats_train.json").is_file() and f.name != preprocess.UNFINISHED]
-    if ready:
-        others = [*ready[1:], *filter(is_raw, folders)]
-        others = f" (not used: {', '.join(map(str, others))})" if others else ""
-        print(f"data: {ready[0]}, attached{others}")
+    if ready and raw is None:
+        others = ", ".join(map(str, [*ready[1:], *(data_set.root for data_set in found)]))
+        print(f"data: {ready[0]}, attached" + (f" (not used: {others})" if others else ""))
         return ready[0]
-    raw, size = find_raw(folders, home), "256"
-    if raw is None:
-        raw, size = home / "scenes", LAYOUTS[0].quick_size
-        print(f"data: no pictures are attached, so street scenes are drawn into {raw}")
-        draw_dataset(raw, DRAWN)
-    status = preprocess.main(["--data_dir", str(raw), "--output_dir", str(processed), "--size", size])
-    if status and not (processed / "stats_train.json").is_file():
-        raise UserError(f"{raw}: expected data that can be preprocessed; see above")
-    print(f"data: {processed}, made from {raw}")
+    if not found and (raw or any(has_pictures(folder, files) for folder, (_, files) in tree.items())):
+        raise UserError(describe(tree) if tree else f"{raw}: expected a folder of data, found none")
+    if not found:
+        print(f"data: no pictures are attached, so street scenes are drawn into {home / 'scenes'}")
+        draw_dataset(home / "scenes", DRAWN)
+        found = find_data_sets(home / "scenes")[0]
+    root, size = found[0].root, "x".join(map(str, found[0].quick_size())) if found[0].root == home / "scenes" else "256"
+    if len(found) > 1:
+        others = ", ".join(f"{data_set.root} ({data_set.layout.name})" for data_set in found[1:])
+        print(
+            f'data: {root} ({found[0].layout.name}) is taken; to take another, write its folder as data="…": {others}'
+        )
+    command = ["--data_dir", str(root), "--output_dir", str(processed), "--size", size]
+    if preprocess.main(command, found[0]) and not (processed / "stats_train.json").is_file():
+        raise UserError(f"{root}: expected data that can be preprocessed; see above")
+    print(f"data: {processed}, made from {root}")
     return processed
 
 
-def is_raw(folder: Path) -> bool:
-    """Whether the folder holds a raw data set."""
-    return any(layout.matches(folder) for layout in LAYOUTS)
-
-
-def find_raw(folders: list[Path], home: Path) -> Path | None:
-    """The raw data set among the folders; Cityscapes' two archives, unpacked side by side, are linked into one. Raises
-    UserError for one archive without the other, and for pictures in a layout that is not known."""
-    if whole := next(filter(is_raw, folders), None):
-        return whole
-    parts = {name: next((f for f in folders if f.name == name), None) for name in ("leftImg8bit", "gtFine")}
-    if not any(parts.values()):
-        strange = [folder for folder in folders if has_strange_pictures(folder)]
-        if strange:
-            find_layout(strange[0].parent)
-        return None
-    for name, folder in parts.items():
-        if folder is None:
-            there = next(filter(None, parts.values()))
-            raise UserError(f"{there}: expected {name} beside it, found none; attach both archives of Cityscapes")
-    (home / "raw").mkdir(parents=True, exist_ok=True)
-    for name, folder in parts.items():
-        if not (home / "raw" / name).exists():  # or it leads to where the data were attached before
-            (home / "raw" / name).unlink(missing_ok=True)
-            (home / "raw" / name).symlink_to(folder)
-    return home / "raw"
-
-
-def has_strange_pictures(folder: Path) -> bool:
-    """Whether the folder holds pictures that are neither from this repository nor from a run."""
-    code = any((above / "unetseg" / "run.py").is_file() for above in (folder, *folder.parents))
-    ours = folder.name == "pictures" or code
-    return not ours and any(path.suffix.lower() in (".png", ".jpg", ".jpeg") for path in folder.iterdir())
+def has_pictures(folder: Path, files: list[str]) -> bool:
+    """Whether the folder holds pictures, but for those of our own runs."""
+    return folder.name != "pictures" and any(name.lower().endswith((".png", ".jpg", ".jpeg", ".npy")) for name in files)

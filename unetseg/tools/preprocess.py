@@ -9,12 +9,14 @@ bad file is named and left out, the rest is done, and the exit status is then 1.
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import os
 import shutil
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Executor, Future
 from concurrent.futures.process import BrokenProcessPool
@@ -34,8 +36,9 @@ from ..classes import CLASS_SETS, IGNORE_INDEX, ClassSet, stored
 from ..files import FileError, UserError, atomic_open, exclusive, make_folder, read_bytes, read_json, write_json
 from ..images import BadFile, cv2, overlay, shrink
 from ..processed import FORMAT, checksum, pair_paths, read_image, read_pair
-from . import parse_size, whole_number
-from .layouts import LAYOUTS, Layout, Pair, choose_splits, find_layout
+from . import judge, parse_size, whole_number
+from .class_files import read_class_file
+from .layouts import DataSet, Layout, Pair, choose_splits, find_data
 from .workers import ignore_ctrl_c, worker_pool
 
 UNFINISHED = ".unfinished"  # folder in the processed folder where splits are made
@@ -50,6 +53,7 @@ class Recipe:
 
     layout: str
     class_set: str
+    sources: str  # hash of which ids and colours become which class
     size: tuple[int, int]  # width, height
     dtype: str
 
@@ -64,6 +68,10 @@ class Record:
     source_size: tuple[int, int] = (0, 0)
     full_resolution: list[int] = field(default_factory=list)
     resized: list[int] = field(default_factory=list)
+    ids: dict[str, int] = field(default_factory=dict)  # pixels per source id
+    pixels: str = ""  # hash of the processed image
+    fit: tuple[float, float, int] | None = None  # of some pairs: see judge.py
+    sky: float | None = None
     reused: bool = False
     error: str = ""
 
@@ -101,39 +109,51 @@ def check_ids(histogram: np.ndarray, class_set: ClassSet, path: Path) -> None:
         raise BadFile(f"{path}: expected label ids 0..{highest}, found {unknown}{hint}")
 
 
-def process(job: tuple[Pair, list[tuple[Path, Record]]], staging: Path, split: str, recipe: Recipe) -> Record:
-    """Make one pair in `staging`, or take it from a folder where an earlier run made it, by one of the job's records; a
+@dataclass(frozen=True)
+class Task:
+    """What the pairs of a split have in common; every n-th one is looked at by judge.py."""
+
+    staging: Path
+    split: str
+    recipe: Recipe
+    layout: Layout
+    class_set: ClassSet
+    every: int
+
+
+def process(job: tuple[Pair, list[tuple[Path, Record]]], task: Task) -> Record:
+    """Make one pair in staging, or take it from a folder where an earlier run made it, by one of the job's records; a
     bad file ends in Record.error."""
     pair, earlier = job
     cv2.setNumThreads(1)
     try:
-        contents = [read_bytes(path) for path in (pair.image, pair.labels) if path]
+        contents = [read_bytes(path) for path in dict.fromkeys((pair.image, pair.labels)) if path]
         source = tuple(map(zlib.crc32, contents))
         for folder, record in earlier:
-            if tuple(record.source) == source and take(folder, staging, split, record, recipe):
+            if tuple(record.source) == source and take(folder, task, record):
                 return replace(record, reused=True)
-        return make(pair, contents, staging, split, recipe, source)
+        return make(pair, contents, source, task)
     except UserError as error:
-        if isinstance(error, FileError) and Path(error.filename).is_relative_to(staging):
+        if isinstance(error, FileError) and Path(error.filename).is_relative_to(task.staging):
             raise  # we cannot write: nothing that an earlier run made is to be replaced by less
         return Record(pair.stem, error=str(error))
     except (MemoryError, cv2.error) as error:
         return Record(pair.stem, error=f"{pair.image}: {type(error).__name__} {error}")
 
 
-def take(folder: Path, staging: Path, split: str, record: Record, recipe: Recipe) -> bool:
-    """Bring the files of an earlier record into `staging`; False when they are not what the record says."""
-    labelled = bool(record.resized)
+def take(folder: Path, task: Task, record: Record) -> bool:
+    """Bring the files of an earlier record into staging; False when they are not what the record says."""
+    labelled, recipe = bool(record.resized), task.recipe
     try:
-        image_path, mask_path = pair_paths(folder, split, record.stem)
+        image_path, mask_path = pair_paths(folder, task.split, record.stem)
         if labelled:
-            found = read_pair(folder, split, record.stem, len(CLASS_SETS[recipe.class_set]), recipe.size)[-1]
+            found = read_pair(folder, task.split, record.stem, len(task.class_set), recipe.size)[-1]
         else:
             found = checksum(read_image(image_path, (*recipe.size[::-1], 3)), None)
         if found != record.crc32 or np.load(image_path, mmap_mode="r").dtype != recipe.dtype:
             return False
-        for old, new in zip((image_path, mask_path)[: 1 + labelled], pair_paths(staging, split, record.stem)):
-            if folder != staging:
+        for old, new in zip((image_path, mask_path)[: 1 + labelled], pair_paths(task.staging, task.split, record.stem)):
+            if folder != task.staging:
                 link(old, new)
         return True
     except (UserError, OSError):
@@ -149,28 +169,32 @@ def link(old: Path, new: Path) -> None:
         shutil.copyfile(old, new)
 
 
-def make(
-    pair: Pair, contents: list[bytes], staging: Path, split: str, recipe: Recipe, source: tuple[int, ...]
-) -> Record:
+def make(pair: Pair, contents: list[bytes], source: tuple[int, ...], task: Task) -> Record:
     """Check, shrink and write one pair."""
-    layout = next(layout for layout in LAYOUTS if layout.name == recipe.layout)
-    class_set, (image_path, mask_path) = CLASS_SETS[recipe.class_set], pair_paths(staging, split, pair.stem)
-    image, mask = layout.read_image(pair.image, contents[0]), None
+    recipe, image, mask = task.recipe, task.layout.read_image(pair.image, contents[0]), None
+    image_path, mask_path = pair_paths(task.staging, task.split, pair.stem)
     record = Record(pair.stem, source, source_size=image.shape[1::-1])
     if pair.labels:
-        labels = layout.read_labels(pair.labels, contents[1])
+        labels = task.layout.read_labels(pair.labels, contents[-1], task.class_set)
         if labels.shape != image.shape[:2]:
             sizes = [f"{array.shape[1]}x{array.shape[0]}" for array in (image, labels)]
             raise BadFile(f"{pair.labels}: expected the image's size {sizes[0]}, found {sizes[1]}")
         histogram, ids = count_ids(labels), shrink_mask(labels, recipe.size)
-        check_ids(histogram, class_set, pair.labels)
-        mask, counts = class_set.lookup[ids], (count_classes(h, class_set) for h in (histogram, count_ids(ids)))
-        record = replace(record, **dict(zip(("full_resolution", "resized"), counts)))
+        check_ids(histogram, task.class_set, pair.labels)
+        mask, counts = (
+            task.class_set.lookup[ids],
+            [count_classes(h, task.class_set) for h in (histogram, count_ids(ids))],
+        )
         write_array(mask_path, lambda buffer: Image.fromarray(mask).save(buffer, format="PNG"))
+        by_id = {str(id_): int(histogram[id_]) for id_ in np.flatnonzero(histogram)}
+        record = replace(record, full_resolution=counts[0], resized=counts[1], ids=by_id)
+        if zlib.crc32(pair.stem.encode(errors="surrogateescape")) % task.every == 0:
+            record = replace(record, fit=judge.fit(image, labels), sky=judge.sky_colour(image, labels, task.layout))
     small = shrink(image, recipe.size)
     stored = small if recipe.dtype == "uint8" else (small / np.float32(255)).astype(recipe.dtype)
     write_array(image_path, lambda buffer: np.save(buffer, stored, allow_pickle=False))
-    return replace(record, crc32=checksum(small, mask))
+    pixels = hashlib.blake2b(small.tobytes(), digest_size=8).hexdigest()
+    return replace(record, crc32=checksum(small, mask), pixels=pixels)
 
 
 def write_array(path: Path, save: Callable[[BytesIO], None]) -> None:
@@ -210,22 +234,20 @@ def open_pool(workers: int, dask: str | None) -> Iterator[Executor]:
             raise UserError(f"{dask}: workers died repeatedly (out of memory?): {error}") from None
 
 
-def process_split(
-    pool: Executor, pairs: list[Pair], out: Path, split: str, recipe: Recipe, reuse: bool
-) -> list[Record]:
+def process_split(pool: Executor, pairs: list[Pair], out: Path, task: Task, reuse: bool) -> list[Record]:
     """Make a split's pairs on the pool, in order; what an earlier run made is taken from `out` or from staging."""
-    staging = out / UNFINISHED
+    staging, split = task.staging, task.split
     for path in pair_paths(staging, split, ""):
         make_folder(path.parent)
     earlier = {pair.stem: [] for pair in pairs}
     if reuse:
-        for folder, records in ((staging, read_journal(staging, split)), (out, read_made(out, split, recipe))):
+        for folder, records in ((staging, read_journal(staging, split)), (out, read_made(out, split, task.recipe))):
             for record in records:
                 earlier.get(record.stem, []).append((folder, record))
     jobs = [(pair, earlier[pair.stem]) for pair in pairs]
     chunk = max(1, min(16, len(jobs) // 128))
     with ignore_ctrl_c():
-        results = pool.map(partial(process, staging=staging, split=split, recipe=recipe), jobs, chunksize=chunk)
+        results = pool.map(partial(process, task=task), jobs, chunksize=chunk)
     records = []
     with open(staging / JOURNAL.format(split), "a", encoding="utf-8") as journal:
         for record in tqdm(results, total=len(jobs), desc=split, unit="img", leave=False):
@@ -253,7 +275,7 @@ def read_made(out: Path, split: str, recipe: Recipe) -> list[Record]:
     return [Record(stem, **entry) for stem, entry in stats["files"].items()] if same else []
 
 
-def check_output(out: Path, root: Path, layout: Layout) -> None:
+def check_output(out: Path, data_set: DataSet) -> None:
     """Raise UserError when the output folder holds another source's splits, or leads elsewhere by a link."""
     for folder in (UNFINISHED, "visualizations", *(f"{kind}_processed" for kind in ("images", "masks"))):
         for path in (out / folder, *(out / folder).glob("*")):
@@ -263,15 +285,15 @@ def check_output(out: Path, root: Path, layout: Layout) -> None:
     for path in made:
         if read_json(path).get("format") != FORMAT:
             raise UserError(f"{path}: was written by another version of unetseg; use another --output_dir")
-    if made and not any(same_source(path, root, layout) for path in made):
+    if made and not any(same_source(path, data_set) for path in made):
         advice = "use another --output_dir, or delete this one"
-        raise UserError(f"{out}: holds splits made from another source than {root}; {advice}")
+        raise UserError(f"{out}: holds splits made from another source than {data_set.root}; {advice}")
 
 
-def same_source(stats: Path, root: Path, layout: Layout) -> bool:
+def same_source(stats: Path, data_set: DataSet) -> bool:
     """Whether some image that this split was made from lies, with the same content, in the raw data set."""
     split, files = stats.stem.removeprefix("stats_"), read_json(stats)["files"]
-    for pair in layout.pairs(root, split)[0] if split in layout.found_splits(root) else ():
+    for pair in data_set.pairs(split)[0] if split in data_set.splits else ():
         with suppress(UserError):
             if pair.stem in files and files[pair.stem]["source"][0] == zlib.crc32(read_bytes(pair.image)):
                 return True
@@ -330,12 +352,11 @@ def finish_moving(out: Path) -> None:
     shutil.rmtree(staging)
 
 
-def write_stats(out: Path, split: str, layout: Layout, recipe: Recipe, records: list[Record]) -> dict:
-    """Write stats_<split>.json into staging and return it: settings, pixels per class, edge cases, files."""
-    class_set = CLASS_SETS[recipe.class_set]
-    good = [record for record in records if not record.error]
-    stats = {"format": FORMAT, "split": split, **asdict(recipe), "val_is_halved": layout.val_is_halved}
-    stats |= class_set.facts() | {"num_images": len(good)}
+def write_stats(out: Path, task: Task, records: list[Record], said: dict[str, list[str]]) -> dict:
+    """Write stats_<split>.json into staging and return it: settings, what was `said`, pixels, edge cases, files."""
+    good, class_set = [record for record in records if not record.error], task.class_set
+    stats = {"format": FORMAT, "split": task.split, **asdict(task.recipe), "val_is_halved": task.layout.val_is_halved}
+    stats |= class_set.facts() | {"num_images": len(good)} | said
     if good[0].resized:
         keys = [*class_set.names, "void"]
         for name in ("full_resolution", "resized"):
@@ -344,7 +365,7 @@ def write_stats(out: Path, split: str, layout: Layout, recipe: Recipe, records: 
         stats["edge_cases"] = edge_cases(good, class_set)
     stats["left_out"] = {record.stem: record.error for record in records if record.error}
     stats["files"] = {record.stem: record.entry() for record in good}
-    write_json(out / UNFINISHED / f"stats_{split}.json", stats)
+    write_json(out / UNFINISHED / f"stats_{task.split}.json", stats)
     return stats
 
 
@@ -400,7 +421,10 @@ def report(split: str, records: list[Record], stats: dict | None) -> None:
         log.error("  left out: %s", error)
     if stats is None:
         log.error("%s: nothing usable; what earlier runs made of it stays as it is", split)
-    elif "pixels" in stats:
+        return
+    for warning in stats["warnings"]:
+        log.warning("  warning: %s", warning)
+    if "pixels" in stats:
         pixels = stats["pixels"]["full_resolution"]
         total = sum(pixels.values())
         log.info("  %s", " · ".join(f"{name} {100 * count / total:.1f} %" for name, count in pixels.items()))
@@ -409,26 +433,53 @@ def report(split: str, records: list[Record], stats: dict | None) -> None:
                 log.info("  %s vanishes from %d masks at this size", name, len(stems))
 
 
-def run(args: argparse.Namespace) -> int:
+def judge_split(task: Task, records: list[Record]) -> list[str]:
+    """Warnings about a split as a whole. Raises UserError when its labels are not what they should be."""
+    good = [record for record in records if not record.error]
+    ids: Counter[int] = Counter()
+    for record in good:
+        ids.update({int(id_): pixels for id_, pixels in record.ids.items()})
+    fits = [record.fit for record in good if record.fit is not None]
+    skies = [record.sky for record in good if record.sky is not None]
+    found = judge.judge_ids(task.split, task.layout, task.class_set, ids) if ids else []
+    return found + judge.judge_pairs(fits, skies)
+
+
+def judge_together(out: Path, data_set: DataSet, splits: list[str]) -> list[str]:
+    """What must be said about splits side by side. Raises UserError when one holds images of another."""
+    made = {path.stem.removeprefix("stats_"): read_json(path)["files"] for path in sorted(out.glob("stats_*.json"))}
+    made |= {split: read_json(out / UNFINISHED / f"stats_{split}.json")["files"] for split in splits}
+    pixels = {split: {stem: e["pixels"] for stem, e in files.items() if "pixels" in e} for split, files in made.items()}
+    errors, warnings = judge.judge_duplicates(pixels)
+    if errors:
+        raise UserError("\n".join(errors))
+    return warnings + judge.judge_frames(data_set.layout.frame, {split: list(files) for split, files in made.items()})
+
+
+def run(args: argparse.Namespace, data_set: DataSet | None = None) -> int:
     """Process every split; returns the number of files left out."""
-    root, out = args.data_dir.absolute(), args.output_dir.absolute()  # Dask's workers run in other folders
-    layout = find_layout(root)
-    recipe = Recipe(layout.name, args.classes or layout.class_sets[0], args.size, args.dtype)
-    if recipe.class_set not in layout.class_sets:
-        raise UserError(f"--classes: expected {' or '.join(layout.class_sets)} for {root}, found {recipe.class_set}")
+    out = args.output_dir.absolute()  # Dask's workers run in other folders
+    data_set = data_set or find_data(args.data_dir.absolute(), args.coarse, args.given_split)
+    layout, class_set = data_set.layout, choose_classes(data_set, args.classes)
+    recipe = Recipe(layout.name, class_set.name, class_set.digest(), args.size, args.dtype)
+    for note in data_set.notes:
+        log.info("%s: %s", data_set.root, note)
     done, left_out, pictures = [], 0, []
     with exclusive(out, wait=True), open_pool(args.workers, args.dask) as pool:
         finish_moving(out)
-        check_output(out, root, layout)
-        splits, staging = choose_splits(root, layout, args.splits), open_staging(out, recipe)
+        check_output(out, data_set)
+        splits, staging = choose_splits(data_set, args.splits), open_staging(out, recipe)
         for split in splits:
-            pairs, alone = layout.pairs(root, split)
-            records = process_split(pool, pairs, out, split, recipe, not args.overwrite)
+            pairs, alone = data_set.pairs(split)
+            task = Task(staging, split, recipe, layout, class_set, max(1, len(pairs) // 32))
+            records = process_split(pool, pairs, out, task, not args.overwrite)
             records = sorted([*records, *(Record(stem, error=e) for stem, e in alone.items())], key=lambda r: r.stem)
             if not records:
-                records = [Record(split, error=f"{root}: expected images in the split {split}, found none")]
-            usable = not all(record.error for record in records)
-            stats = write_stats(out, split, layout, recipe, records) if usable else None
+                records = [Record(split, error=f"{data_set.root}: expected images in the split {split}, found none")]
+            stats = None
+            if not all(record.error for record in records):
+                said = {"notes": data_set.notes, "warnings": judge_split(task, records)}
+                stats = write_stats(out, task, records, said)
             report(split, records, stats)
             left_out += sum(bool(record.error) for record in records)
             done += [split] if stats else []
@@ -437,9 +488,25 @@ def run(args: argparse.Namespace) -> int:
                 pictures.append(start_drawing(pool, staging, stats, args.sample_size))
         for picture in pictures:
             picture.result()
+        for warning in judge_together(out, data_set, done):
+            log.warning("warning: %s", warning)
         move_into_place(out, done)
     log.info("written to %s: images_processed, masks_processed, stats_*.json, visualizations", args.output_dir)
     return left_out
+
+
+def choose_classes(data_set: DataSet, asked: str | None) -> ClassSet:
+    """The class set asked for, by its name or file; else the data set's own file, or the usual one of its layout."""
+    names, own = data_set.layout.class_sets, data_set.class_file
+    if asked in names or (asked is None and own is None and names):
+        return CLASS_SETS[asked or names[0]]
+    if asked is None and own is None:
+        advice = f"write a first one by `python -m unetseg classes {data_set.root}`"
+        raise UserError(f"{data_set.root}: expected classes.toml, which says what the masks mean, found none; {advice}")
+    if asked in CLASS_SETS or (asked and not asked.endswith(".toml")):
+        fitting = " or ".join([*names, "a class file (.toml)"])
+        raise UserError(f"--classes: expected {fitting} for {data_set.root}, found {asked}")
+    return read_class_file(Path(asked) if asked else own)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -452,7 +519,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("data_dir", type=Path, required=True, help="root of a raw data set")
     add("output_dir", type=Path, required=True, help="the processed folder")
     add("splits", nargs="+", metavar="SPLIT", help="default: train val (CamVid: and test), those that exist")
-    add("classes", choices=CLASS_SETS, help="class set (default: cityscapes7 or camvid7, by layout)")
+    add("classes", metavar="NAME|FILE.toml", help=f"class set: {', '.join(CLASS_SETS)}, or a file (default: by layout)")
+    add("coarse", action="store_true", help="Cityscapes: gtCoarse's labels in place of gtFine's")
+    add("given_split", action="store_true", help="Kaggle's CamVid: keep its split, which mixes neighbouring frames")
     add("size", type=parse_size, default=(256, 256), metavar="N|WxH", help="output size (256)")
     add("dtype", choices=("float32", "float16", "uint8"), default="float32", help="stored images (float32)")
     add("workers", type=whole_number(1, 512), default=os.cpu_count(), help="processes (default: all cores)")
@@ -463,14 +532,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, data_set: DataSet | None = None) -> int:
+    """The command; with `data_set`, on that in place of what --data_dir holds."""
     args = parse_args(argv)
     logging.basicConfig(level=args.log_level, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("PIL", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         with logging_redirect_tqdm():
-            left_out = run(args)
+            left_out = run(args, data_set)
     except (UserError, BrokenProcessPool) as error:
         died = "a worker process died (out of memory?); run again with fewer --workers"
         log.error("error: %s", died if isinstance(error, BrokenProcessPool) else error)

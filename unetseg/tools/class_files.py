@@ -1,0 +1,111 @@
+"""A user's class file: read and checked, or written anew from what lies among the masks."""
+
+import colorsys
+import re
+import tomllib
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ..classes import IGNORE_INDEX, ClassSet, class_set
+from ..files import UserError, atomic_open, read_bytes
+from .layouts import Folders, Tree, read_mask
+
+MOST_CLASSES = 64  # in a first file; more values than that are no classes
+
+
+def read_class_file(path: Path) -> ClassSet:
+    """The class set in a TOML file. Raises UserError, saying what to write."""
+    try:
+        found = tomllib.loads(read_bytes(path).decode())
+        classes, void, people = found["classes"], found.get("void", {}), found.get("people")
+        if unknown := found.keys() - {"classes", "void", "people"}:
+            raise ValueError(f"the entry {sorted(unknown)[0]!r}; write classes, void or people")
+        if not 1 < len(classes) < 254 or any("colour" not in entry for entry in classes.values()):
+            raise ValueError(f"{len(classes)} classes; write 2 to 253, each with a colour")
+        if unknown := set(people or ()) - classes.keys():
+            raise ValueError(f"people that are no classes: {', '.join(sorted(unknown))}")
+        entries = [*classes.values(), void]
+        if len({"ids" in entry for entry in classes.values()}) > 1:
+            raise ValueError("ids for some classes only; write them for all, or for none where masks are in colours")
+        values = [*(entry["colour"] for entry in classes.values()), *(c for e in entries for c in e.get("colours", []))]
+        if any(len(value) != 3 or not all(type(v) is int and 0 <= v < 256 for v in value) for value in values):
+            raise ValueError("a colour that is not three whole numbers from 0 to 255")
+        ids = [id_ for entry in entries for id_ in entry.get("ids", [])]
+        shown = [
+            tuple(v) for entry in entries for v in [*filter(None, [entry.get("colour")]), *entry.get("colours", [])]
+        ]
+        for given, what in ((ids, "id"), ([] if ids else shown, "colour")):
+            if twice := [value for value in given if given.count(value) > 1]:
+                raise ValueError(f"the {what} {twice[0]} in two places")
+        if not all(type(id_) is int and 0 <= id_ < 256 for id_ in ids):
+            raise ValueError("an id that is not a whole number from 0 to 255")
+        return class_set(path.stem, classes, void, people)
+    except (tomllib.TOMLDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        said = f"no {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path}: expected a class file as in docs/data.md, found {said}") from None
+
+
+def write_class_file(folder: Path, out: Path | None = None) -> str:
+    """Look at every mask below `folder` and write a first class file; returns what was found, as text."""
+    found = list(Folders().find(Tree(folder)))
+    if len(found) != 1:
+        raise UserError(f"{folder}: expected one folder of images beside one of masks, found {len(found)}")
+    path = out or found[0].root / "classes.toml"
+    if path.exists():
+        raise UserError(f"{path}: exists already; edit it, or write another one with --out")
+    counts = count_values([p for sides in found[0].splits.values() for ps in sides[1].by_stem.values() for p in ps])
+    total, names = sum(counts.values()), given_names(found[0].root)
+    if len(counts) > MOST_CLASSES:
+        raise UserError(
+            f"{folder}: expected up to {MOST_CLASSES} values in the masks, found {len(counts)}: are they classes?"
+        )
+    lines = ["# Written from the masks: give each class its name; classes of people may be named in `people = [...]`."]
+    lines += ["", "[classes]"]
+    void = [value for value in counts if value == IGNORE_INDEX and len(counts) > 2]
+    for place, value in enumerate(sorted(counts.keys() - set(void))):
+        colour = list(value) if isinstance(value, tuple) else shade(place)
+        ids = "" if isinstance(value, tuple) else f", ids = [{value}]"
+        name, share = names.get(value, f"class_{place}"), counts[value] / total
+        lines.append(f'"{name}" = {{ colour = {colour}{ids} }}  # {share:.1%} of the pixels')
+    lines += ["", "[void]", f"ids = {void}"] if void else []
+    with atomic_open(path) as file:
+        file.write(("\n".join(lines) + "\n").encode())
+    return f"{path}: {len(counts)} values, written as classes to be named:\n" + "\n".join(lines[3:])
+
+
+def count_values(paths: list[Path]) -> dict:
+    """Pixels per id, or per colour (red, green, blue), of mask files."""
+    counts: dict = {}
+    for path in tqdm(paths, "masks", unit="img", leave=False, delay=1):
+        mask = read_mask(path, read_bytes(path))
+        flat = mask.reshape(-1, mask.shape[2]) if mask.ndim == 3 else mask.ravel()
+        values, numbers = np.unique(flat, axis=0 if mask.ndim == 3 else None, return_counts=True)
+        for value, number in zip(values.tolist(), numbers.tolist()):
+            key = tuple(value) if mask.ndim == 3 else value
+            counts[key] = counts.get(key, 0) + number
+    if len({isinstance(value, tuple) for value in counts}) > 1:
+        raise UserError(f"{paths[0].parent}: expected masks of ids or of colours, found both")
+    return counts
+
+
+def given_names(root: Path) -> dict:
+    """Names of ids or colours in the lists that CamVid, CVAT (labelmap.txt) and Roboflow (_classes.csv) add."""
+    names: dict = {}
+    for path in [
+        path for pattern in ("class_dict.csv", "labelmap.txt", "*/_classes.csv") for path in root.glob(pattern)
+    ]:
+        for line in path.read_text(errors="replace").splitlines():
+            if match := re.match(r"\s*([^,:#]+)[,:]\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)", line):
+                names[tuple(map(int, match.groups()[1:]))] = match[1]
+            elif match := re.match(r"\s*(\d+)\s*,\s*([^,]+?)\s*$", line):
+                names[int(match[1])] = match[2]
+    return {value: name.replace('"', "").replace("\\", "") for value, name in names.items()}
+
+
+def shade(place: int) -> list[int]:
+    """A colour for the class at this place, unlike those before it."""
+    return [round(255 * part) for part in colorsys.hsv_to_rgb(0.618 * place % 1, 0.75, 0.9 - 0.15 * (place % 3))]
