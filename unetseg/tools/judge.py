@@ -16,8 +16,8 @@ from .layouts import Layout
 REACH, WIDTH = 24, 512  # steps by which a mask may be off, and the width at which that is looked for
 GROUPS = ("road", "sidewalk", "building", "vegetation", "sky", "vehicle", "person")
 USUAL = np.array([0.33, 0.055, 0.21, 0.145, 0.04, 0.066, 0.012])  # shares of the pixels in street scenes
-SCHEMES = {  # the ids of GROUPS
-    "cityscapes": {
+SCHEMES = {  # by the default class set of a layout: the ids of GROUPS, the right ones first
+    "cityscapes7": {
         "label ids": (7, 8, 11, 21, 23, 26, 24),
         "trainIds": (0, 1, 2, 8, 10, 13, 11),
         "label ids plus one": (8, 9, 12, 22, 24, 27, 25),
@@ -27,7 +27,7 @@ SCHEMES = {  # the ids of GROUPS
         "IDD's ids": (0, 3, 29, 32, 33, 12, 6),
         "IDD's level 3 ids": (0, 2, 22, 24, 25, 9, 4),
     },
-    "camvid": {
+    "camvid7": {
         "SegNet's ids": (3, 4, 1, 5, 0, 8, 9),
         "SegNet's ids plus one": (4, 5, 2, 6, 1, 9, 10),
         "Cityscapes' trainIds": (0, 1, 2, 8, 10, 13, 11),
@@ -51,9 +51,14 @@ def fit(image: np.ndarray, labels: np.ndarray) -> tuple[float, float, int]:
     return float(x - REACH), float(y - REACH), step
 
 
+def schemes_of(layout: Layout) -> dict:
+    """The tables of ids that labels of a layout may have, the right one first; none for one's own classes."""
+    return SCHEMES.get((*layout.class_sets, "")[0], {})
+
+
 def sky_colour(image: np.ndarray, labels: np.ndarray, layout: Layout) -> float | None:
     """Mean of blue minus red in the sky, or None where there is little of it."""
-    schemes = SCHEMES.get("camvid" if layout.name.startswith("camvid") else "cityscapes" if layout.class_sets else "")
+    schemes = schemes_of(layout)
     sky = labels == next(iter(schemes.values()))[GROUPS.index("sky")] if schemes else np.zeros(labels.shape, bool)
     return float((image[sky][:, 2].astype(float) - image[sky][:, 0]).mean()) if sky.mean() > 0.005 else None
 
@@ -61,8 +66,8 @@ def sky_colour(image: np.ndarray, labels: np.ndarray, layout: Layout) -> float |
 def judge_ids(split: str, layout: Layout, class_set: ClassSet, ids: dict[int, int]) -> list[str]:
     """Warnings about the ids of a split (pixels per source id). Raises UserError where they are another data set's."""
     total, said = sum(ids.values()), []
-    schemes = SCHEMES.get("camvid" if layout.name.startswith("camvid") else "cityscapes", {})
-    if layout.class_sets and class_set.name in CLASS_SETS:
+    schemes = schemes_of(layout)
+    if schemes and class_set.name in CLASS_SETS:
         shares = {name: np.array([ids.get(i, 0) for i in row]) / total for name, row in schemes.items()}
         fits = {name: float(np.minimum(share, USUAL).sum() / USUAL.sum()) for name, share in shares.items()}
         own, best = next(iter(fits)), max(fits, key=fits.__getitem__)
