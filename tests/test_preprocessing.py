@@ -191,11 +191,6 @@ def damage_colour_mask(images, labels):
     return labels[0], "single-channel ids .*found mode RGB"
 
 
-def damage_palette(images, labels):
-    Image.fromarray(np.full((128, 256), 7, np.uint8)).convert("P").save(labels[0])
-    return labels[0], "found mode P"
-
-
 def damage_alpha(images, labels):
     Image.fromarray(np.zeros((128, 256, 4), np.uint8)).save(images[0])
     return images[0], "8-bit RGB .*found mode RGBA"

@@ -17,15 +17,15 @@ SITTING = ["settings", "classes", "processed", "data", "augment", "losses", "mod
 SITTING += ["train", "run", "checkpoint", "distributed", "device"]
 AROUND = ["__init__", "__main__", "images", "inference", "tracking", "plots", "files"]
 BUDGETS = {  # lines, docstrings and comments included, blank ones not
-    "the sitting": ([f"unetseg/{name}.py" for name in SITTING], 1442),
-    "around it": ([f"unetseg/{name}.py" for name in AROUND], 750),
-    "evaluation": (["unetseg/evaluation/*.py"], 600),
-    "tools": (["unetseg/tools/*.py"], 1722),
+    "the sitting": ([f"unetseg/{name}.py" for name in SITTING], 1452),
+    "around it": ([f"unetseg/{name}.py" for name in AROUND], 810),
+    "evaluation": (["unetseg/evaluation/*.py"], 760),
+    "tools": (["unetseg/tools/*.py"], 1740),
     "notebooks": (["notebooks/*.py"], 300),
     "the script": (["preprocessing/*.py"], 20),
     "report": (["report/*.py", "report/*.typ"], 400),
     "benchmarks": (["benchmarks/*.py"], 900),
-    "tests": (["tests/*.py"], 3500),
+    "tests": (["tests/*.py"], 4500),
 }
 MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "unetseg").glob("*.py")}
 
@@ -77,7 +77,7 @@ def test_arrows_point_one_way():
 def test_libraries_live_where_they_should():
     for library, home in (("wandb", "tracking"), ("matplotlib", "plots"), ("cv2", "images")):
         assert {name for name, tree in MODULES.items() if library in imports(tree)} == {home}
-    assert imports(MODULES["classes"]) <= {"numpy", "dataclasses", "pathlib", "tomllib"}
+    assert imports(MODULES["classes"]) <= {"numpy", "dataclasses", "pathlib", "tomllib", "hashlib"}
 
 
 def test_importing_the_package_imports_nothing_heavy():

@@ -1,4 +1,4 @@
-"""python -m unetseg preprocess | scenes | train | resume | evaluate | predict | classes | doctor"""
+"""python -m unetseg preprocess | scenes | train | resume | evaluate | compare | predict | classes | doctor"""
 
 import os
 import signal
@@ -34,10 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_flags(commands.add_parser("train", help="train a run; the same command resumes it"))
     add = commands.add_parser("resume", help="resume a run by its config.json").add_argument
     add("run", type=Path)
-    add = commands.add_parser("evaluate", help="score a run, write results_<split>.json").add_argument
-    add("run", type=Path)
-    add("--data", type=Path, required=True, help="processed folder")
-    add("--split", choices=("test", "val", "val_all", "train"), help="default: test, or val where there is none")
+    add_evaluation(commands)
     add = commands.add_parser("predict", help="class ids, colours and overlay for images").add_argument
     add("weights", type=Path, metavar="RUN_OR_WEIGHTS")
     add("images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER")
@@ -49,6 +46,20 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("doctor", help="what this machine has, and how long training will take").add_argument
     add("--data", type=Path, help="a processed folder, or a raw data set")
     return parser
+
+
+def add_evaluation(commands: argparse._SubParsersAction) -> None:
+    add = commands.add_parser("evaluate", help="score a run, write results_<split>.json").add_argument
+    add("run", type=Path)
+    add("--data", type=Path, required=True, help="processed folder")
+    add("--split", choices=("test", "val", "val_all", "train"), help="default: test, or val where there is none")
+    add("--official", type=Path, metavar="OUT", help="also as Cityscapes' benchmark scores; predictions go to OUT")
+    add("--raw", type=Path, help="for --official: the raw data, where they have moved")
+    add("--robustness", action="store_true", help="also under occluders and common corruptions")
+    add = commands.add_parser("compare", help="whether scored runs differ, with intervals").add_argument
+    add("base", type=Path, nargs="+", metavar="RUN", help="the base: one run, or the seeds of one recipe")
+    add("--to", type=Path, nargs="+", action="append", required=True, metavar="RUN", help="runs to compare; repeatable")
+    add("--split", choices=("test", "val", "val_all", "train"))
 
 
 def listen() -> None:
@@ -90,7 +101,26 @@ def evaluate(args: argparse.Namespace) -> int:
     from .evaluation import evaluate_run, results_table
 
     listen()
-    say(results_table(evaluate_run(args.run, args.data, args.split)))
+    results = evaluate_run(args.run, args.data, args.split)
+    say(results_table(results))
+    if args.official:
+        from .evaluation.official import official_table, score_officially
+
+        say(official_table(score_officially(args.run, args.data, args.official, results["split"], args.raw)))
+    if args.robustness:
+        from .evaluation.robustness import robustness, robustness_table
+
+        say(robustness_table(robustness(args.run, args.data, results["split"])))
+    return 0
+
+
+def compare(args: argparse.Namespace) -> int:
+    from .evaluation.compare import compare_runs, verdict_line
+
+    listen()
+    others = {str(runs[0]): runs for runs in args.to}
+    for name, found in compare_runs(args.base, others, args.split).items():
+        say(verdict_line(name, found))
     return 0
 
 
@@ -121,7 +151,7 @@ def classes(args: argparse.Namespace) -> int:
 
 
 COMMANDS = {"train": train, "resume": train, "scenes": scenes, "evaluate": evaluate, "predict": predict}
-COMMANDS |= {"classes": classes, "doctor": doctor}
+COMMANDS |= {"compare": compare, "classes": classes, "doctor": doctor}
 
 
 def main(argv: list[str] | None = None) -> int:

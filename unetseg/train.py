@@ -257,10 +257,13 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable, num_classes: int, loss_fn: Callable, precision="fp32", void="ignore"):
-    """Score a model on batches of (images, masks, indices) whose masks mark void; returns an Evaluation.
+def evaluate(
+    model: nn.Module, batches: Iterable, num_classes: int, loss_fn: Callable, precision="fp32", void="ignore", look=None
+) -> Evaluation:
+    """Score a model on batches of (images, masks, indices) whose masks mark void.
 
     void  the rule for the loss; the confusion matrices serve both rules, and do not depend on the batch size
+    look  called with the logits and masks of each batch
     """
     model.eval()
     found, rows, total, num_images, start = [], [], 0.0, 0, time.perf_counter()
@@ -270,6 +273,8 @@ def evaluate(model: nn.Module, batches: Iterable, num_classes: int, loss_fn: Cal
         count = distributed.all_sum(len(masks))
         total, num_images = total + loss_fn(logits, truth) * count, num_images + count
         found.append(confusion_matrices(logits.argmax(dim=1), masks, num_classes))
+        if look:
+            look(logits, masks)
         rows.append(indices)
     confusions = torch.zeros(num_images, num_classes + 1, num_classes, dtype=torch.int64)
     confusions[torch.cat(rows)] = torch.cat(found).cpu()

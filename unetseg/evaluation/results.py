@@ -2,16 +2,18 @@
 
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from .. import checkpoint
 from ..data import Batches, load_split
-from ..files import UserError, read_json, write_json
+from ..files import UserError, atomic_open, read_json, write_json
 from ..inference import best_model
 from ..losses import cross_entropy
 from ..metrics import METRICS, scores
 from ..processed import NoSplit, Split, find_split, read_stats, scored_split
 from ..train import evaluate
+from .details import DISTANCES, Details, spread
 
 MOST_PIXELS = 8 * 1024 * 512  # that are scored at once
 
@@ -29,7 +31,8 @@ def evaluate_run(run: Path, processed: Path, split: str | None = None) -> dict:
     at_once = min(8, max(1, MOST_PIXELS // (dataset.size[0] * dataset.size[1])))
     batches = Batches(dataset, at_once, next(model.parameters()).device).epoch()
     progress = tqdm(batches, f"scoring {run.name}", -(-len(dataset) // at_once), unit="batch", leave=False, delay=1)
-    result = evaluate(model, progress, len(about["classes"]), cross_entropy)
+    details = Details(dataset.class_set)
+    result = evaluate(model, progress, len(about["classes"]), cross_entropy, look=details.look)
     history = checkpoint.read_history(run)
     results = {"run": run.name, "split": dataset.split.name, "split_note": dataset.split.note}
     results["remarks"] = remarks(config, history, dataset.split, processed)
@@ -42,11 +45,21 @@ def evaluate_run(run: Path, processed: Path, split: str | None = None) -> dict:
     results["rules"] = {rule: scores(result.confusion, about["classes"], rule) for rule in dataset.class_set.void_rules}
     results |= {"confusion": result.confusion.tolist(), "weights_sha256": checkpoint.weights_sha256(run)}
     results |= {"data_sha256": dataset.split.sha256, "images": dataset.split.images}
+    stems = [image.partition("/")[2] for image in dataset.split.images]
+    results["details"] = details.summary() | spread(result.confusions, stems, about["void"])
+    keep(run, results, result.confusions)
+    return results
+
+
+def keep(run: Path, results: dict, confusions: np.ndarray) -> None:
+    """Write results_<split>.json, and the matrix of each image for `compare`, into the run folder."""
     try:
-        write_json(run / f"results_{dataset.split.name}.json", results)
+        with atomic_open(run / f"confusions_{results['split']}.npz") as file:
+            arrays = {"confusions": confusions.astype(np.uint32), "weights_sha256": results["weights_sha256"]}
+            np.savez_compressed(file, **arrays)
+        write_json(run / f"results_{results['split']}.json", results)
     except UserError as error:  # a run folder may be attached read-only
         tqdm.write(f"warning: the scores are not kept: {error}")
-    return results
 
 
 def joined(config: dict, key: str) -> str:
@@ -95,7 +108,21 @@ def results_table(results: dict) -> str:
             iou, precision, recall, f1 = (number(values[key]) for key in ("iou", "precision", "recall", "f1"))
             absent = "  absent from this split, not in mIoU" if values["iou"] is None else ""
             lines.append(f"  {name:<16}{iou:>8}{precision:>11}{recall:>8}{f1:>8}{absent}")
-    return "\n".join(lines)
+    return "\n".join(lines + details_lines(results["details"]))
+
+
+def details_lines(details: dict) -> list[str]:
+    """What `Details` and `spread` found, as lines of text; void counts nowhere here."""
+    said = [f"  {n} px: IoU {number(details[f'boundary_iou_{n}px']['mean'])}, " for n in DISTANCES]
+    said = [line + f"F {number(details[f'boundary_f_{n}px']['mean'])}" for line, n in zip(said, DISTANCES)]
+    lines = ["boundaries, mean over classes:", *said, f"calibration error {number(details['calibration_error'])}"]
+    for name, sizes in details["iou_by_size"].items():
+        lines.append(f"{name} by size: " + ", ".join(f"{size} {number(iou)}" for size, iou in sizes.items()))
+    if quantiles := details["quantiles"]:
+        lines.append("mIoU of single images: " + ", ".join(f"{q} {value:.3f}" for q, value in quantiles.items()))
+    lines += ["worst: " + ", ".join(f"{row['image']} {row['miou']:.3f}" for row in details["worst"])]
+    places = [f"{name} {row['miou']:.3f} ({row['images']})" for name, row in details["places"].items()]
+    return lines + (["by city or clip: " + ", ".join(places)] if len(places) > 1 else [])
 
 
 def headline(results: dict) -> dict[str, float | None]:

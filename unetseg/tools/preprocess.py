@@ -456,6 +456,21 @@ def judge_together(out: Path, data_set: DataSet, splits: list[str]) -> list[str]
     return warnings + judge.judge_frames(data_set.layout.frame, {split: list(files) for split, files in made.items()})
 
 
+def make_split(
+    pool: Executor, data_set: DataSet, out: Path, task: Task, reuse: bool
+) -> tuple[list[Record], dict | None]:
+    """What became of each pair of a split, in order, and its statistics in staging; None where nothing is usable."""
+    pairs, alone = data_set.pairs(task.split)
+    records = process_split(pool, pairs, out, task, reuse)
+    records = sorted([*records, *(Record(stem, error=e) for stem, e in alone.items())], key=lambda r: r.stem)
+    if not records:
+        records = [Record(task.split, error=f"{data_set.root}: expected images in the split {task.split}, found none")]
+    if all(record.error for record in records):
+        return records, None
+    said = {"raw": str(data_set.root), "notes": data_set.notes, "warnings": judge_split(task, records)}
+    return records, write_stats(out, task, records, said)
+
+
 def run(args: argparse.Namespace, data_set: DataSet | None = None) -> int:
     """Process every split; returns the number of files left out."""
     out = args.output_dir.absolute()  # Dask's workers run in other folders
@@ -470,16 +485,9 @@ def run(args: argparse.Namespace, data_set: DataSet | None = None) -> int:
         check_output(out, data_set)
         splits, staging = choose_splits(data_set, args.splits), open_staging(out, recipe)
         for split in splits:
-            pairs, alone = data_set.pairs(split)
-            task = Task(staging, split, recipe, layout, class_set, max(1, len(pairs) // 32))
-            records = process_split(pool, pairs, out, task, not args.overwrite)
-            records = sorted([*records, *(Record(stem, error=e) for stem, e in alone.items())], key=lambda r: r.stem)
-            if not records:
-                records = [Record(split, error=f"{data_set.root}: expected images in the split {split}, found none")]
-            stats = None
-            if not all(record.error for record in records):
-                said = {"notes": data_set.notes, "warnings": judge_split(task, records)}
-                stats = write_stats(out, task, records, said)
+            number = len(data_set.splits[split][0].by_stem)
+            task = Task(staging, split, recipe, layout, class_set, max(1, number // 32))
+            records, stats = make_split(pool, data_set, out, task, not args.overwrite)
             report(split, records, stats)
             left_out += sum(bool(record.error) for record in records)
             done += [split] if stats else []

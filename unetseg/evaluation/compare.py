@@ -1,0 +1,138 @@
+"""Whether two runs, or two groups of seeds, differ: intervals and verdicts from the matrices of single images."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from ..checkpoint import weights_sha256
+from ..files import UserError
+from .results import comparable, read_results
+
+DRAWS, LEVEL = 2000, 0.05
+LEAST_BLOCKS, SECONDS = 10, 10  # blocks for an interval, and how much time each of them covers at least
+CITYSCAPES, CAMVID = r"([a-z-]+)_(\d{6})_(\d{6})", r"(\d{4}[A-Z]\w|Seq\w+)_f?(\d+)"
+
+
+def moment(stem: str) -> tuple[str, float] | None:
+    """The clip of an image and its second there, by its name; None where the name tells no time. Cityscapes' cities are
+    one long clip (17 frames a second) or sequences of 30 frames, of which neighbouring numbers are neighbours."""
+    if (match := re.fullmatch(CITYSCAPES, stem)) and match[1] != "drawn":
+        alone = match[3] == "000019"
+        return (match[1], int(match[2]) * 30 / 17) if alone else (match[1] + match[2], int(match[3]) / 17)
+    match = re.fullmatch(CAMVID, stem)
+    return (match[1], int(match[2]) / 30) if match else None
+
+
+def time_blocks(stems: list[str]) -> tuple[np.ndarray, bool]:
+    """The block (N,) of each image, and whether the names tell time. A block covers SECONDS of a clip or more, so that
+    neighbouring frames are not taken for independent ones; where names tell no time, each image is a block."""
+    moments = [moment(stem) for stem in stems]
+    if None in moments:
+        return np.arange(len(stems)), False
+    spans: dict[str, list[float]] = {}
+    for clip, second in moments:
+        spans.setdefault(clip, []).append(second)
+    names = []
+    for clip, second in moments:
+        first, length = min(spans[clip]), max(spans[clip]) - min(spans[clip])
+        parts = max(1, int(length / SECONDS))
+        names.append((clip, min(parts - 1, int((second - first) * parts / max(length, 1e-9)))))
+    return np.unique([f"{clip} {part}" for clip, part in names], return_inverse=True)[1], True
+
+
+def pooled_miou(confusions: np.ndarray, void: str) -> np.ndarray:
+    """(..., C + 1, C) counts -> mIoU (...) over the classes present in the truth."""
+    counts = confusions[..., :-1, :].astype(float)
+    if void == "background":
+        counts[..., 0, :] += confusions[..., -1, :]
+    hits, truth, pred = np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(axis=-1), counts.sum(axis=-2)
+    iou = np.where(truth > 0, hits / np.maximum(truth + pred - hits, 1), np.nan)
+    return np.nanmean(iou, axis=-1)
+
+
+def difference(a: np.ndarray, b: np.ndarray, blocks: np.ndarray, void: str = "ignore", seed: int = 0) -> dict:
+    """The pooled mIoU of group `b` minus that of `a`, with a 95 % interval and a p-value.
+
+    a, b    (S, N, C + 1, C) counts: seeds x images; the same N images, as many seeds as there are
+    blocks  (N,) the block of each image, which is drawn as a whole
+    A paired bootstrap draws blocks of images; seeds are a second level. Both variances are corrected for the few that
+    were drawn from, and the interval is Student's with Welch and Satterthwaite's degrees of freedom, because the
+    percentiles of a few blocks are too narrow. After Efron & Tibshirani, "An Introduction to the Bootstrap", 1993.
+    """
+    rng, names = np.random.default_rng(seed), np.unique(blocks)
+    number = len(names)
+    per_block = [np.stack([group[:, blocks == name].sum(axis=1) for name in names], axis=1) for group in (a, b)]
+    scores = [pooled_miou(group.sum(axis=1), void) for group in per_block]  # (S,) each
+    found = {"difference": float(scores[1].mean() - scores[0].mean()), "blocks": number, "seeds": [len(a), len(b)]}
+    if number < LEAST_BLOCKS:
+        return found | {"reason": f"{number} blocks of {SECONDS} s, and {LEAST_BLOCKS} are needed for an interval"}
+    draws = rng.multinomial(number, np.full(number, 1 / number), size=DRAWS)  # how often each block is drawn
+    means = [
+        np.mean([pooled_miou(np.einsum("db,bij->dij", draws, run), void) for run in group], axis=0)
+        for group in per_block
+    ]
+    parts = [(np.var(means[1] - means[0], ddof=1) * number / (number - 1), number - 1)]
+    parts += [(np.var(score, ddof=1) / len(score), len(score) - 1) for score in scores if len(score) > 1]
+    variance = sum(part for part, _ in parts)
+    freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts) if variance else number - 1
+    half = float(stats.t.ppf(1 - LEVEL / 2, freedom) * np.sqrt(variance))
+    p = (
+        float(2 * stats.t.sf(abs(found["difference"]) / np.sqrt(variance), freedom))
+        if variance
+        else float(found["difference"] == 0)
+    )
+    return found | {"interval": [found["difference"] - half, found["difference"] + half], "p": p}
+
+
+def verdicts(found: dict[str, dict]) -> dict[str, dict]:
+    """The same comparisons with p-values after Holm (1979) and a verdict: better, worse, or not distinguishable."""
+    order = sorted((name for name in found if "p" in found[name]), key=lambda name: found[name]["p"])
+    highest, judged = 0.0, dict(found)
+    for place, name in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - place) * found[name]["p"]))
+        word = "better" if found[name]["difference"] > 0 else "worse"
+        judged[name] = found[name] | {"p_holm": highest, "verdict": word if highest < LEVEL else "not distinguishable"}
+    return judged
+
+
+def read_confusions(run: Path, split: str | None = None) -> tuple[dict, np.ndarray]:
+    """The results of a run and the matrix of each image (N, C + 1, C). Raises UserError where they are not there."""
+    results = read_results(run, split)
+    path = run / f"confusions_{results['split']}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            confusions, sha256 = file["confusions"].astype(np.int64), str(file["weights_sha256"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: expected a matrix per image, found {error}; run `evaluate` again") from None
+    if sha256 != weights_sha256(run):
+        raise UserError(f"{path}: these are of other weights than {run} holds; run `evaluate` again")
+    return results, confusions
+
+
+def compare_runs(base: list[Path], others: dict[str, list[Path]], split: str | None = None) -> dict[str, dict]:
+    """Each group of runs (seeds of one recipe) against the base group, with verdicts. Raises UserError."""
+    read = {name: [read_confusions(run, split) for run in runs] for name, runs in {"": base, **others}.items()}
+    everything = [results for group in read.values() for results, _ in group]
+    comparable(everything)
+    groups = {name: np.stack([confusions for _, confusions in group]) for name, group in read.items()}
+    blocks, timed = time_blocks([image.partition("/")[2] for image in everything[0]["images"]])
+    void, found = everything[0]["trained_void"], {}
+    for name in others:
+        found[name] = difference(groups[""], groups[name], blocks, void)
+        found[name] |= {"split": everything[0]["split"], "images": len(blocks), "names_tell_time": timed}
+    return verdicts(found)
+
+
+def verdict_line(name: str, found: dict) -> str:
+    """A comparison as a line of text."""
+    line = f"{name}: {100 * found['difference']:+.2f} points of mIoU on {found['images']} images of {found['split']}"
+    if "interval" not in found:
+        return f"{line}; no interval and no verdict: {found['reason']}"
+    low, high = (100 * end for end in found["interval"])
+    seeds = "" if min(found["seeds"]) > 1 else "; one seed each: what another seed would change is not in it"
+    what = f"{found['blocks']} blocks of {SECONDS} s" if found["names_tell_time"] else f"{found['blocks']} images"
+    return (
+        f"{line}, 95 % interval {low:+.2f} to {high:+.2f} ({what}{seeds}): {found['verdict']} (p {found['p_holm']:.3f})"
+    )

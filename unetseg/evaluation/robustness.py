@@ -1,0 +1,240 @@
+"""Occluders and common corruptions, drawn from the names of the images alone: docs/occlusion.md defines them.
+
+An occluder covers a share of one image; scores are taken on the visible, the covered and all pixels. What is underneath
+keeps its class, so the covered pixels say what the network infers.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .. import checkpoint, commit
+from ..classes import IGNORE_INDEX
+from ..data import SegmentationSet, load_split
+from ..files import UserError, write_json
+from ..images import cv2
+from ..inference import best_model
+from ..metrics import miou, under_rule
+from ..processed import scored_split
+from ..train import forward
+from .compare import difference, time_blocks
+from .details import THINGS
+
+COVERAGE = (0.1, 0.2, 0.3, 0.4, 0.5)  # shares of the image
+SEEN = ("flat", "noise", "patch")  # textures like those of training, in rectangles
+UNSEEN = ("stripes", "disc", "pasted")  # a texture, a shape, and instances of other images with a blurred edge
+SEVERITIES = (1, 2, 3, 4, 5)
+BLUR = 1.5  # pixels: the standard deviation of a pasted instance's edge
+
+
+def generator(*parts: object) -> np.random.Generator:
+    """The random generator that belongs to these names, on every machine."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode(errors="surrogateescape")).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
+
+
+def centre(rng: np.random.Generator, mask: np.ndarray, people: list[int], aimed: bool) -> tuple[float, float]:
+    """Where the occluder's middle lies (x, y): anywhere, or on a person's pixel where the mask has one."""
+    ys, xs = np.nonzero(np.isin(mask, people)) if aimed else ((), ())
+    x, y, pick = rng.random(), rng.random(), rng.random()
+    if len(ys) == 0:
+        return x * mask.shape[1], y * mask.shape[0]
+    place = int(pick * len(ys))
+    return float(xs[place]), float(ys[place])
+
+
+def rectangle(share: float, middle: tuple[float, float], aspect: float, shape: tuple[int, int]) -> np.ndarray:
+    """A rectangle of width / height `aspect` around `middle`, moved and stretched to lie inside: (H, W) bool."""
+    height, width = shape
+    wide = min(width, max(1, round((share * width * height * aspect) ** 0.5)))
+    high = min(height, max(1, round(share * width * height / wide)))
+    wide = min(width, max(wide, round(share * width * height / high)))
+    x, y = (
+        int(np.clip(round(at - side / 2), 0, room - side))
+        for at, side, room in zip(middle, (wide, high), (width, height))
+    )
+    covered = np.zeros(shape, bool)
+    covered[y : y + high, x : x + wide] = True
+    return covered
+
+
+def occlude(dataset: SegmentationSet, row: int, kind: str, share: float, aimed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Image `row` with an occluder (H, W, 3) uint8, and the covered pixels (H, W) bool; decided by its name alone."""
+    image, mask = dataset.images[row].cpu().numpy(), dataset.masks[row].cpu().numpy()
+    stem = dataset.split.images[row]
+    rng = generator(stem, kind, share, "aimed" if aimed else "anywhere")
+    people = [dataset.class_set.names.index(name) for name in dataset.class_set.people]
+    middle, aspect = centre(rng, mask, people, aimed), float(np.exp(rng.uniform(-0.7, 0.7)))
+    colour = rng.integers(0, 256, 3, dtype=np.uint8)
+    if kind == "pasted":
+        return paste(dataset, row, rng, share, middle)
+    covered = rectangle(share, middle, aspect, mask.shape)
+    if kind == "disc":
+        ys, xs = np.mgrid[: mask.shape[0], : mask.shape[1]]
+        distance = (xs - middle[0]) ** 2 + (ys - middle[1]) ** 2
+        covered = distance <= np.sort(distance, axis=None)[round(share * mask.size) - 1]
+    other = dataset.images[int(rng.integers(len(dataset)))].cpu().numpy()
+    textures: dict[str, Callable[[], np.ndarray]] = {
+        "flat": lambda: np.broadcast_to(colour, image.shape),
+        "disc": lambda: np.broadcast_to(colour, image.shape),
+        "noise": lambda: rng.integers(0, 256, image.shape, dtype=np.uint8),
+        "patch": lambda: other,
+        "stripes": lambda: np.where((np.arange(mask.shape[1]) // 8 % 2)[None, :, None] > 0, colour, 255 - colour),
+    }
+    return np.where(covered[..., None], textures[kind](), image).astype(np.uint8), covered
+
+
+def paste(
+    dataset: SegmentationSet, row: int, rng: np.random.Generator, share: float, middle: tuple[float, float]
+) -> tuple:
+    """An instance of another image, at the size that covers `share`, with a blurred edge. As in Amodal Cityscapes
+    (Breitenstein & Fingscheidt, IV 2022), whose occluders are pasted instances; here they are connected regions."""
+    image, shape = dataset.images[row].cpu().numpy(), dataset.masks.shape[1:]
+    things = [
+        place for place, name in enumerate(dataset.class_set.names) if name in (*THINGS, *dataset.class_set.people)
+    ]
+    for other in rng.permutation(len(dataset)):
+        region = np.isin(dataset.masks[int(other)].cpu().numpy(), things).astype(np.uint8)
+        number, parts, stats, _ = cv2.connectedComponentsWithStats(region)
+        if other == row or number < 2 or stats[1:, 4].max() < 64:
+            continue
+        part = 1 + int(stats[1:, 4].argmax())
+        x, y, wide, high, area = stats[part].tolist()
+        scale = (share * image.shape[0] * image.shape[1] / area) ** 0.5
+        size = max(1, round(wide * scale)), max(1, round(high * scale))
+        cut = (parts[y : y + high, x : x + wide] == part).astype(np.float32)
+        cut, texture = (
+            cv2.resize(cut, size),
+            cv2.resize(dataset.images[int(other)].cpu().numpy()[y : y + high, x : x + wide], size),
+        )
+        matrix = np.float32([[1, 0, middle[0] - size[0] / 2], [0, 1, middle[1] - size[1] / 2]])
+        alpha = cv2.warpAffine(cut, matrix, shape[::-1])
+        covered, alpha = alpha > 0.5, cv2.GaussianBlur(alpha, (0, 0), BLUR)[..., None]
+        pasted = cv2.warpAffine(texture, matrix, shape[::-1], borderMode=cv2.BORDER_REPLICATE)
+        return np.round(image * (1 - alpha) + pasted * alpha).astype(np.uint8), covered
+    raise UserError("pasted: expected an instance of people or vehicles in some image, found none")
+
+
+def conditions() -> Iterator[tuple[str, float, bool]]:
+    """Kind, coverage and aim of every occluded pass."""
+    return ((kind, share, aimed) for kind in (*SEEN, *UNSEEN) for aimed in (False, True) for share in COVERAGE)
+
+
+@torch.inference_mode()
+def predict_all(model: torch.nn.Module, images: np.ndarray, batch: int = 8) -> np.ndarray:
+    """Class ids (N, H, W) of images (N, H, W, 3) uint8, in fp32."""
+    device, found = next(model.parameters()).device, []
+    for start in range(0, len(images), batch):
+        part = torch.from_numpy(images[start : start + batch]).to(device).permute(0, 3, 1, 2) / 255
+        found.append(forward(model, part, "fp32").argmax(dim=1).cpu().numpy())
+    return np.concatenate(found)
+
+
+def counts(preds: np.ndarray, masks: np.ndarray, number: int, kept: np.ndarray | None = None) -> np.ndarray:
+    """(N, C + 1, C) pixels, truth x prediction with void last, of the kept ones (N, H, W) bool."""
+    cells = np.where(masks == IGNORE_INDEX, number, masks).astype(np.int64) * number + preds
+    size = (number + 1) * number
+    kept = np.ones(masks.shape, bool) if kept is None else kept
+    rows = [np.bincount(cell[keep], minlength=size) for cell, keep in zip(cells, kept)]
+    return np.stack(rows).reshape(-1, number + 1, number)
+
+
+def against(clean: np.ndarray, found: np.ndarray, blocks: np.ndarray, void: str) -> dict:
+    """The pooled mIoU, and its difference to that of the clean images, with an interval where blocks suffice."""
+    return {
+        "miou": miou(under_rule(found.sum(axis=0), void)),
+        "change": difference(clean[None], found[None], blocks, void),
+    }
+
+
+def occlusion_scores(model: torch.nn.Module, dataset: SegmentationSet, clean: np.ndarray, void: str) -> list[dict]:
+    """Scores on visible, covered and all pixels for each kind, coverage and aim."""
+    number, masks, rows = len(dataset.class_set), dataset.masks.cpu().numpy(), []
+    blocks = blocks_of(dataset)
+    for kind, share, aimed in tqdm([*conditions()], "occluders", leave=False, delay=1):
+        row: dict = {"kind": kind, "seen_in_training": kind in SEEN, "coverage": share, "aimed": aimed}
+        try:
+            pairs = [occlude(dataset, n, kind, share, aimed) for n in range(len(dataset))]
+        except UserError as error:
+            rows.append(row | {"left_out": str(error)})
+            continue
+        images, covered = (np.stack(column) for column in zip(*pairs))
+        preds = predict_all(model, images)
+        row |= {
+            "covered_share": float(covered.mean()),
+            "all": against(clean, counts(preds, masks, number), blocks, void),
+        }
+        for name, kept in (("visible", ~covered), ("covered", covered)):
+            row[name] = {"miou": miou(under_rule(counts(preds, masks, number, kept).sum(axis=0), void))}
+        rows.append(row)
+    return rows
+
+
+def corruption_scores(model: torch.nn.Module, dataset: SegmentationSet, clean: np.ndarray, void: str) -> list[dict]:
+    """Scores under the common corruptions (Hendrycks & Dietterich, ICLR 2019) at five severities, applied after
+    shrinking; the package draws from NumPy's global generator, which is seeded for each image."""
+    try:
+        from imagecorruptions import corrupt, get_corruption_names
+    except ImportError:
+        return [{"left_out": "imagecorruptions is not installed (pip install imagecorruptions-imaug)"}]
+    images, masks, rows = dataset.images.cpu().numpy(), dataset.masks.cpu().numpy(), []
+    for name in tqdm(get_corruption_names(), "corruptions", leave=False, delay=1):
+        for severity in SEVERITIES:
+            made = []
+            for image, stem in zip(images, dataset.split.images):
+                np.random.seed(int(generator(stem, name, severity).integers(2**32)))
+                made.append(corrupt(image, corruption_name=name, severity=severity).astype(np.uint8))
+            found = counts(predict_all(model, np.stack(made)), masks, len(dataset.class_set))
+            rows.append({"corruption": name, "severity": severity, **against(clean, found, blocks_of(dataset), void)})
+    return rows
+
+
+def blocks_of(dataset: SegmentationSet) -> np.ndarray:
+    return time_blocks([image.partition("/")[2] for image in dataset.split.images])[0]
+
+
+def robustness(run: Path, processed: Path, split: str | None = None) -> dict:
+    """Both benchmarks for a run's best weights; written to robustness_<split>.json with all that they depend on."""
+    model, about = best_model(run)
+    dataset = load_split(processed, split or scored_split(processed))
+    if list(dataset.class_set.names) != about["classes"]:
+        raise UserError(f"{processed}: expected the classes {about['classes']}, found {list(dataset.class_set.names)}")
+    void, number = about["void"], len(dataset.class_set)
+    clean = counts(predict_all(model, dataset.images.cpu().numpy()), dataset.masks.cpu().numpy(), number)
+    found = {"run": run.name, "split": dataset.split.name, "split_note": dataset.split.note, "size": list(dataset.size)}
+    found |= {"images": dataset.split.images, "data_sha256": dataset.split.sha256, "trained_void": void}
+    found |= {"weights_sha256": checkpoint.weights_sha256(run), "commit": commit(), "resolution": "after shrinking"}
+    found |= {"clean": miou(under_rule(clean.sum(axis=0), void))}
+    found |= {"occlusion": occlusion_scores(model, dataset, clean, void)}
+    found |= {"corruptions": corruption_scores(model, dataset, clean, void)}
+    write_json(run / f"robustness_{dataset.split.name}.json", found)
+    return found
+
+
+def robustness_table(found: dict) -> str:
+    """The scores of `robustness` as text."""
+    size = "x".join(map(str, found["size"]))
+    lines = [f"{found['run']}: {found['split_note']} ({found['split']}), {size}, void={found['trained_void']}"]
+    lines += [
+        f"mIoU without occluders {found['clean']:.4f}",
+        f"{'occluder':<10}{'where':<10}{'covers':>8}{'visible':>9}",
+    ]
+    lines[-1] += f"{'covered':>9}{'all':>8}{'change, 95 % interval':>28}"
+    for row in found["occlusion"]:
+        start = f"{row['kind']:<10}{'people' if row['aimed'] else 'anywhere':<10}{row['coverage']:>8.0%}"
+        if "left_out" in row:
+            lines.append(f"{start}  left out: {row['left_out']}")
+            continue
+        change = row["all"]["change"]
+        ends = " to ".join(f"{end:+.3f}" for end in change["interval"]) if "interval" in change else "too few blocks"
+        scores = row["visible"]["miou"], row["covered"]["miou"], row["all"]["miou"]
+        lines.append(start + "{:>9.4f}{:>9.4f}{:>8.4f}".format(*scores) + f"{change['difference']:>+9.3f} ({ends})")
+    for name in dict.fromkeys(row["corruption"] for row in found["corruptions"] if "corruption" in row):
+        scores = [row["miou"] for row in found["corruptions"] if row.get("corruption") == name]
+        lines.append(f"{name:<20}" + "".join(f"{score:>8.4f}" for score in scores))
+    lines += [row["left_out"] for row in found["corruptions"] if "left_out" in row]
+    return "\n".join(lines)
