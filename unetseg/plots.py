@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from .classes import ClassSet
+from .classes import IGNORE_INDEX, PEOPLE, ClassSet
 from .files import atomic_open, make_folder
 
 STAGE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # Okabe & Ito's colour-blind-safe palette
@@ -86,8 +86,8 @@ def training_curves(history: list[dict], title: str = "") -> Figure:
     return _clean(figure)
 
 
-def confusion_matrix(confusion: np.ndarray, names: tuple[str, ...], focus: str = "person") -> Figure:
-    """Shares of each true class (row) by predicted class (column); the focus class's row and column are framed.
+def confusion_matrix(confusion: np.ndarray, names: tuple[str, ...], focus: tuple[str, ...] = PEOPLE) -> Figure:
+    """Shares of each true class (row) by predicted class (column); rows and columns of the focus are framed.
 
     confusion  (C, C) pixel counts, truth x prediction
     """
@@ -99,8 +99,7 @@ def confusion_matrix(confusion: np.ndarray, names: tuple[str, ...], focus: str =
     for row, col in np.ndindex(shares.shape):
         colour = "white" if shares[row, col] < 0.6 else "black"
         ax.text(col, row, f"{100 * shares[row, col]:.0f}", ha="center", va="center", color=colour, fontsize=8)
-    if focus in names:
-        place = names.index(focus)
+    for place in [names.index(name) for name in focus if name in names]:
         frame = {"fill": False, "edgecolor": "#D55E00", "linewidth": 2}
         ax.add_patch(Rectangle((-0.5, place - 0.5), len(names), 1, **frame))
         ax.add_patch(Rectangle((place - 0.5, -0.5), 1, len(names), **frame))
@@ -109,6 +108,35 @@ def confusion_matrix(confusion: np.ndarray, names: tuple[str, ...], focus: str =
     ax.set(xlabel="prediction", ylabel="truth")
     figure.colorbar(image, ax=ax, label="share of the true class's pixels", shrink=0.8)
     return figure
+
+
+def error_map(image: np.ndarray, mask: np.ndarray, pred: np.ndarray, near: np.ndarray) -> np.ndarray:
+    """An image (H, W, 3) uint8 in grey, with wrong pixels in orange where `near` (H, W) bool is true, else in red."""
+    painted = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2) * 0.5 + 96
+    wrong = (mask != IGNORE_INDEX) & (mask != pred)
+    painted[wrong & near], painted[wrong & ~near] = (230, 159, 0), (200, 30, 30)
+    return painted.astype(np.uint8)
+
+
+def robustness_curves(found: dict) -> Figure:
+    """mIoU on visible, covered and all pixels against coverage, a panel per occluder; bands are 95 % intervals."""
+    kinds = list(dict.fromkeys(row["kind"] for row in found["occlusion"] if "all" in row))
+    figure = Figure(figsize=(WIDTH, 1.9 * -(-len(kinds) // 3) + 0.6), layout="constrained")
+    for ax, kind in zip(figure.subplots(-(-len(kinds) // 3), 3, sharex=True, sharey=True, squeeze=False).flat, kinds):
+        for aimed, style in ((False, "o-"), (True, "s--")):
+            rows = [row for row in found["occlusion"] if (row["kind"], row["aimed"]) == (kind, aimed) and "all" in row]
+            share = [0.0] + [100 * row["covered_share"] for row in rows]
+            for name, colour in zip(("all", "visible", "covered"), STAGE_COLOURS):
+                values = [row[name]["miou"] for row in rows]
+                values = [np.nan if name == "covered" else found["clean"], *values]
+                label = f"{name}, {'people' if aimed else 'anywhere'}"
+                ax.plot(share, values, style, ms=3, color=colour, label=label, lw=1.2)
+            ends = [found["clean"] + np.array(row["all"]["change"].get("interval", [np.nan] * 2)) for row in rows]
+            ax.fill_between(share[1:], *np.transpose(ends), color=STAGE_COLOURS[0], alpha=0.15, lw=0)
+        ax.set(title=kind, xlabel="covered, %", ylabel="mIoU")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return _clean(figure)
 
 
 def iou_by_stage(scores: dict[str, dict[str, float | None]]) -> Figure:

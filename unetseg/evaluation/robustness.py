@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .. import checkpoint, commit
+from .. import checkpoint, commit, plots
 from ..classes import IGNORE_INDEX
 from ..data import SegmentationSet, load_split
 from ..files import UserError, write_json
@@ -176,7 +176,7 @@ def occlusion_scores(model: torch.nn.Module, dataset: SegmentationSet, clean: np
 
 def corruption_scores(model: torch.nn.Module, dataset: SegmentationSet, clean: np.ndarray, void: str) -> list[dict]:
     """Scores under the common corruptions (Hendrycks & Dietterich, ICLR 2019) at five severities, applied after
-    shrinking; the package draws from NumPy's global generator, which is seeded for each image."""
+    shrinking; the package draws from NumPy's global generator, seeded per image."""
     try:
         from imagecorruptions import corrupt, get_corruption_names
     except ImportError:
@@ -186,8 +186,10 @@ def corruption_scores(model: torch.nn.Module, dataset: SegmentationSet, clean: n
         for severity in SEVERITIES:
             made = []
             for image, stem in zip(images, dataset.split.images):
-                np.random.seed(int(generator(stem, name, severity).integers(2**32)))
-                made.append(corrupt(image, corruption_name=name, severity=severity).astype(np.uint8))
+                seed = int(generator(stem, name, severity).integers(2**31))
+                np.random.seed(seed)
+                own = {"seed": seed} if name in ("impulse_noise", "glass_blur") else {}  # these draw from none
+                made.append(corrupt(image, severity, name, **own))
             found = counts(predict_all(model, np.stack(made)), masks, len(dataset.class_set))
             rows.append({"corruption": name, "severity": severity, **against(clean, found, blocks_of(dataset), void)})
     return rows
@@ -212,6 +214,7 @@ def robustness(run: Path, processed: Path, split: str | None = None) -> dict:
     found |= {"occlusion": occlusion_scores(model, dataset, clean, void)}
     found |= {"corruptions": corruption_scores(model, dataset, clean, void)}
     write_json(run / f"robustness_{dataset.split.name}.json", found)
+    plots.save(plots.robustness_curves(found), run / f"robustness_{dataset.split.name}.png")
     return found
 
 
