@@ -125,6 +125,7 @@ def robustness_curves(found: dict) -> Figure:
     for ax, kind in zip(figure.subplots(-(-len(kinds) // 3), 3, sharex=True, sharey=True, squeeze=False).flat, kinds):
         for aimed, style in ((False, "o-"), (True, "s--")):
             rows = [row for row in found["occlusion"] if (row["kind"], row["aimed"]) == (kind, aimed) and "all" in row]
+            rows = sorted(rows, key=lambda row: row["covered_share"])
             share = [0.0] + [100 * row["covered_share"] for row in rows]
             for name, colour in zip(("all", "visible", "covered"), STAGE_COLOURS):
                 values = [row[name]["miou"] for row in rows]
@@ -167,7 +168,7 @@ def save(figure: Figure, path: Path) -> Path:
     quality = {".jpg": {"pil_kwargs": {"quality": 85}}, ".svg": {"metadata": {"Date": None}}}.get(path.suffix, {})
     make_folder(path.parent)
     with atomic_open(path) as file:
-        figure.savefig(file, format=path.suffix[1:], dpi=80, **quality)
+        figure.savefig(file, format=path.suffix[1:], dpi=130, **quality)
     return path
 
 

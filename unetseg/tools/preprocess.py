@@ -424,6 +424,10 @@ def report(split: str, records: list[Record], stats: dict | None) -> None:
         return
     for warning in stats["warnings"]:
         log.warning("  warning: %s", warning)
+    (width, height), (wide, high) = next(r.source_size for r in records if not r.error), stats["size"]
+    if not 0.95 < width * high / (height * wide) < 1.05:
+        kept = f"{2 * round(high * width / height / 2)}x{high}"
+        log.info("  %dx%d is squashed to %dx%d; --size %s keeps the shape", width, height, wide, high, kept)
     if "pixels" in stats:
         pixels = stats["pixels"]["full_resolution"]
         total = sum(pixels.values())
