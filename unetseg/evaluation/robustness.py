@@ -214,7 +214,7 @@ def robustness(run: Path, processed: Path, split: str | None = None) -> dict:
     found |= {"occlusion": occlusion_scores(model, dataset, clean, void)}
     found |= {"corruptions": corruption_scores(model, dataset, clean, void)}
     write_json(run / f"robustness_{dataset.split.name}.json", found)
-    plots.save(plots.robustness_curves(found), run / f"robustness_{dataset.split.name}.png")
+    plots.save(plots.robustness_curves(found), run / f"robustness_{dataset.split.name}.png", dpi=160)
     return found
 
 
