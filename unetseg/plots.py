@@ -163,9 +163,9 @@ def _grouped_bars(ax: Axes, names: list[str], groups: list, styles: list[dict], 
     ax.set_xticks(range(len(names)), names, rotation=30 if len(names) > 9 else 0)
 
 
-def save(figure: Figure, path: Path, dpi: int = 96) -> Path:
+def save(figure: Figure, path: Path, dpi: int = 92) -> Path:
     """Write a figure as .png or .svg (drawings) or .jpg (photographs, smaller), atomically; same figure, same bytes."""
-    quality = {".jpg": {"pil_kwargs": {"quality": 85}}, ".svg": {"metadata": {"Date": None}}}.get(path.suffix, {})
+    quality = {".jpg": {"pil_kwargs": {"quality": 72}}, ".svg": {"metadata": {"Date": None}}}.get(path.suffix, {})
     make_folder(path.parent)
     with atomic_open(path) as file:
         figure.savefig(file, format=path.suffix[1:], dpi=dpi, **quality)

@@ -13,7 +13,7 @@ from .robustness import predict_all
 NEAR = 3  # pixels from a boundary of the truth
 
 
-def worst_cases(run: Path, processed: Path, results: dict, count: int = 4) -> plots.Figure:
+def worst_cases(run: Path, processed: Path, results: dict, count: int = 3) -> plots.Figure:
     """The worst images of a scored split: image, truth, prediction, and where that is wrong: orange within three pixels
     of a true boundary, red elsewhere."""
     dataset, (model, _) = load_split(processed, results["split"]), best_model(run)
