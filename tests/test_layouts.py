@@ -352,6 +352,24 @@ def test_val_that_is_train_is_an_error_and_twins_in_a_split_are_a_warning(scenes
     )
 
 
+def test_a_val_folder_that_is_a_link_to_train_is_an_error(scenes, tmp_path, capsys):
+    official(tmp_path / "raw", {"train": scenes["train"]})
+    for name in ("leftImg8bit", "gtFine"):
+        (tmp_path / "raw" / name / "val").symlink_to("train")
+    assert process(tmp_path / "raw", tmp_path / "out", "--size", "32") == 1
+    assert "6 images of val are in train, too" in capsys.readouterr().err
+
+
+def test_coarse_labels_are_taken_on_request(scenes, tmp_path):
+    official(tmp_path / "raw", scenes)
+    official(tmp_path / "raw", scenes, kind="gtCoarse", labels=lambda ids: np.where(ids == 7, 7, 0).astype(np.uint8))
+    assert process(tmp_path / "raw", tmp_path / "fine", "--size", "32") == 0
+    more = ["--coarse", "--classes", tmp_path / "c.toml"]
+    (tmp_path / "c.toml").write_text(OWN % REST)
+    assert process(tmp_path / "raw", tmp_path / "coarse", "--size", "32", *more) == 0
+    assert set(np.unique(masks(tmp_path / "coarse", "train"))) == {0, 255}
+
+
 def test_labels_in_another_citys_folder_are_named(scenes, tmp_path, capsys):
     official(tmp_path, scenes)
     path = next((tmp_path / "gtFine" / "train" / "city0").iterdir())

@@ -115,26 +115,38 @@ def _apart(images: Files, labels: Files, image: list[Path], label: list[Path]) -
     return f"{label[0]}: expected it in {here}/ as its image {image[0].name}, found it in {there}/"
 
 
+def list_folder(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of the folders and of the files in a folder, without junk; none where it may not be read."""
+    folders, files = [], []
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError:
+        return [], []
+    for entry in entries:
+        try:
+            inner = entry.is_dir() and not entry.name.endswith((".png", ".jpg"))
+        except OSError:  # a link that leads in circles
+            inner = False
+        if not (SKIPPED if inner else JUNK).fullmatch(entry.name):
+            (folders if inner else files).append(entry.name)
+    return folders, files
+
+
 class Tree(dict):
     """The folders below a root, the upper ones first, each with the names of its folders and of its files. Left out:
     what systems leave behind, what preprocessing and training wrote, and this repository."""
 
     def __init__(self, root: Path) -> None:
         super().__init__()
-        self.root, level, seen = root, [root], set()
+        self.root, level = root, [root]
         for _ in range(DEEPEST + 1):
             below: list[Path] = []
             for folder in level:
-                names = sorted(os.listdir(folder))
-                folders = [
-                    name for name in names if os.path.isdir(folder / name) and not name.endswith((".png", ".jpg"))
-                ]
-                if os.path.realpath(folder) in seen or os.path.isfile(folder / "unetseg" / "run.py"):
-                    continue
-                seen.add(os.path.realpath(folder))
-                files = [name for name in names if name not in folders and not JUNK.fullmatch(name)]
-                self[folder] = [name for name in folders if not SKIPPED.fullmatch(name)], files
-                below += [folder / name for name in self[folder][0]]
+                folders, files = list_folder(folder)
+                ours = folder != root and os.path.isfile(folder / "unetseg" / "run.py")
+                if not ours and os.path.realpath(folder) not in map(os.path.realpath, folder.parents):
+                    self[folder] = folders, files
+                    below += [folder / name for name in folders]
             level = below
 
     def split_folders(self, top: Path) -> dict[str, Path]:
