@@ -17,6 +17,8 @@ def records(path: Path) -> list[Record]:
             place += BLOCK - place % BLOCK
             continue
         _, length, kind = struct.unpack_from("<IHB", content, place)  # checksum, bytes, 1 whole, 2 first, 3, 4 last
+        if place + HEADER + length > len(content):
+            break  # the process that wrote it was killed
         parts.append(content[place + HEADER : place + HEADER + length])
         place += HEADER + length
         if kind in (1, 4):
