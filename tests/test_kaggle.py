@@ -230,6 +230,25 @@ def test_one_archive_of_cityscapes_alone_is_no_reason_to_draw_scenes(mounts, raw
         place.find_data(tmp_path / "runs")
 
 
+def test_an_archive_is_to_be_unpacked_and_of_two_data_sets_the_first_is_taken(
+    mounts, raw, tmp_path, capsys, monkeypatch
+):
+    (mounts / "leftImg8bit_trainvaltest.zip").touch()
+    with pytest.raises(
+        UserError, match=r"leftImg8bit_trainvaltest.zip: expected folders of pictures, found an archive"
+    ):
+        place.find_data(tmp_path / "runs")
+    for name in ("a", "b"):
+        shutil.copytree(raw, mounts / name)
+    monkeypatch.setattr(preprocess, "main", lambda argv, data_set: print("taken:", data_set.root))
+    place.find_data(tmp_path / "runs")
+    said = capsys.readouterr().out
+    assert f"taken: {mounts / 'a'}" in said and f'write its folder as data="…": {mounts / "b"} (cityscapes)' in said
+    chosen = place.prepare(Settings(out=tmp_path / "other" / "scratch", data=mounts / "b"))
+    assert f"taken: {mounts / 'b'}" in capsys.readouterr().out
+    assert chosen.data == str(tmp_path / "other" / "processed")
+
+
 def test_half_processed_data_are_not_taken_for_whole(mounts, raw, processed, tmp_path, capsys):
     """The output of a session that ended in preprocessing, beside the raw data; then beside whole ones, two of them."""
     shutil.copytree(processed, mounts / "notebooks" / "me" / "all" / "runs" / "processed" / preprocess.UNFINISHED)

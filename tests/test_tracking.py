@@ -132,8 +132,8 @@ def train(processed, tmp_path):
 
 
 def files(folder):
-    """W&B's files that hold a run, in order of time: an attempt that failed may leave an empty one, and names tell whole
-    seconds only."""
+    """W&B's files that hold a run, in order of time: an attempt that failed may leave an empty one, and names tell
+    whole seconds only."""
     paths = [path for path in folder.rglob("*.wandb") if not path.parent.is_symlink()]
     paths = [path for path in paths if any(record.HasField("run") for record in wandb_file.records(path))]
     return sorted(paths, key=lambda path: path.stat().st_mtime_ns)

@@ -30,6 +30,7 @@ SCHEMES = {  # by the default class set of a layout: the ids of GROUPS, the righ
     "camvid7": {
         "SegNet's ids": (3, 4, 1, 5, 0, 8, 9),
         "SegNet's ids plus one": (4, 5, 2, 6, 1, 9, 10),
+        "SegNet's ids minus one": (2, 3, 0, 4, 255, 7, 8),
         "Cityscapes' trainIds": (0, 1, 2, 8, 10, 13, 11),
         "Cityscapes' label ids": (7, 8, 11, 21, 23, 26, 24),
     },

@@ -112,5 +112,6 @@ def find_data(home: Path, raw: Path | None = None) -> Path:
 
 
 def has_pictures(folder: Path, files: list[str]) -> bool:
-    """Whether the folder holds pictures, but for those of our own runs."""
-    return folder.name != "pictures" and any(name.lower().endswith((".png", ".jpg", ".jpeg", ".npy")) for name in files)
+    """Whether the folder holds pictures, or archives that may, but for those of our own runs."""
+    endings = (".png", ".jpg", ".jpeg", ".npy", ".zip")
+    return folder.name != "pictures" and any(name.lower().endswith(endings) for name in files)
