@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+import bleach
 from nbconvert import HTMLExporter
 
 HERE = Path(__file__).resolve().parent
@@ -19,12 +20,21 @@ from unetseg.files import atomic_open, make_folder
 POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; font-src data:; form-action 'none'; base-uri 'none'"
 )
+TAGS = {"a", "b", "blockquote", "br", "code", "div", "em", "h1", "h2", "h3", "h4", "hr", "i", "li", "ol", "p", "pre"}
+TAGS |= {"span", "strong", "table", "tbody", "td", "th", "thead", "tr", "ul"}
 SCRIPT = re.compile(r"<script\b.*?</script>", re.DOTALL | re.IGNORECASE)
+
+
+def clean(html: str) -> str:
+    """Markdown's own elements, and nothing that loads or runs; other tags become text."""
+    return bleach.clean(html, tags=TAGS, attributes={"*": ["class", "id"], "a": ["href"]})
 
 
 def render(notebook: Path) -> str:
     """The notebook as one HTML page: its content sanitised, nbconvert's own scripts removed, and a policy on top."""
-    page, _ = HTMLExporter(sanitize_html=True).from_filename(str(notebook))
+    exporter = HTMLExporter(sanitize_html=True)
+    exporter.register_filter("clean_html", clean)  # nbconvert's own shows headings and paragraphs as their tags
+    page, _ = exporter.from_filename(str(notebook))
     policy = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
     return SCRIPT.sub("", page).replace("<head>", f"<head>{policy}", 1)
 

@@ -26,6 +26,7 @@ def test_there_is_a_page_for_each_notebook_that_loads_nothing(pages):
     for page in pages.iterdir():
         text = page.read_text(encoding="utf-8")
         assert "<script" not in text and "mIoU" in text
+        assert "<h2" in text and "<p>" in text and not re.search(r"&lt;/?(p|h[1-6]|table|ul)\b", text)
         loaded = re.findall(r"<(?:img|link|iframe|source)\b[^>]*?\b(?:src|href)=[\"']([^\"']{,40})", text)
         assert loaded and all(source.startswith("data:") for source in loaded)
 
