@@ -225,9 +225,11 @@ def test_runs_are_compared_on_the_command_line(scored, processed, capsys):
     assert command("evaluate", scored, "--data", processed) == 0
     assert command("compare", scored, "--to", scored) == 0
     assert "+0.00 points of mIoU on 2 images of test; no interval and no verdict: 2 blocks" in capsys.readouterr().out
-    (scored / "confusions_test.npz").write_bytes(b"junk")
-    with pytest.raises(UserError, match=r"confusions_test.npz: expected a matrix per image"):
-        compare.read_confusions(scored)
+    whole = (scored / "confusions_test.npz").read_bytes()
+    for content in (b"junk", b"", whole[:-40]):
+        (scored / "confusions_test.npz").write_bytes(content)
+        with pytest.raises(UserError, match=r"confusions_test.npz: expected a matrix per image"):
+            compare.read_confusions(scored)
     evaluation.evaluate_run(scored, processed)
     results, confusions = compare.read_confusions(scored)
     assert confusions.sum(axis=0).tolist() == results["confusion"]

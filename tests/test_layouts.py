@@ -293,21 +293,65 @@ def test_a_first_class_file_is_written_from_the_masks_and_works(kind, scenes, tm
     assert stats["num_images"] == 10 and sum(stats["pixels"]["resized"].values()) == 10 * 32 * 32
 
 
+TWO = "[classes]\na = { colour = [1, 2, 3]%s }\nb = { colour = [1, 2, 9]%s }"
+
+
 @pytest.mark.parametrize("text, said", [
-    ("", "no 'classes'"),
-    ("[classes]\na = { colour = [1, 2, 3] }", "1 classes"),
-    ("[classes]\na = { colour = [1, 2, 3] }\nb = { colour = [1, 2, 3] }", r"colour \(1, 2, 3\) in two places"),
-    ("[classes]\na = { colour = [1, 2, 3], ids = [1] }\nb = { colour = [1, 2, 9], ids = [1] }", "id 1 in two places"),
-    ("[classes]\na = { colour = [1, 2, 3], ids = [1] }\nb = { colour = [1, 2, 9] }", "ids for some classes only"),
-    ("[classes]\na = { colour = [1, 2, 3], ids = [1] }\nb = { colour = [1, 2, 9], ids = [256] }", "an id that is not"),
-    ("[classes]\na = { colour = [1, 2] }\nb = { colour = [1, 2, 9] }", "three whole numbers"),
-    ("people = ['c']\n[classes]\na = { colour = [1, 2, 3] }\nb = { colour = [1, 2, 9] }", "people that are no"),
+    ("", "the entries none"),
+    ("clases = 3", "the entries clases"),
+    ("[classes]\na = { colour = [1, 2, 3] }", "two to 253 classes"),
+    (TWO.replace("b =", "void =") % ("", ""), "none of them named void"),
+    (TWO.replace("9", "3") % ("", ""), "each colour once"),
+    (TWO % (", ids = [1]", ", ids = [1]"), "each id once"),
+    (TWO % (", ids = [1]", ""), "ids for all classes, or for none"),
+    (TWO % (", ids = [1]", ", ids = [256]"), "ids from 0 to 255"),
+    (TWO % (", id = [1]", ", id = [2]"), "no entries but"),
+    (TWO.replace(", 9", "") % ("", ""), "three whole numbers"),
+    (TWO.replace("colour = [1, 2, 9]", "") % ("", ""), "a colour for each class"),
+    ("people = ['c']\n" + TWO % ("", ""), "people as a list of names"),
+    ("people = 'ab'\n" + TWO % ("", ""), "people as a list of names"),
     ("[classes", "Expected"),
 ])  # fmt: skip
 def test_a_class_file_that_cannot_be_meant_says_why(text, said, tmp_path):
     (tmp_path / "classes.toml").write_text(text)
     with pytest.raises(UserError, match=rf"classes.toml: expected a class file as in docs/data.md, found .*{said}"):
         read_class_file(tmp_path / "classes.toml")
+
+
+def test_one_folder_of_masks_serves_the_splits_of_the_images_and_a_missing_partner_is_named(scenes, tmp_path, capsys):
+    numbered = {split: [(picture, ids) for picture, ids in pairs] for split, pairs in scenes.items()}
+    write(numbered, at(tmp_path / "a", "images/{split}/{split}{n}.png"), at(tmp_path / "a", "masks/{split}{n}.png"))
+    (tmp_path / "a" / "classes.toml").write_text(OWN % REST)
+    assert process(tmp_path / "a", tmp_path / "out", "--size", "32") == 0
+    assert [read_json(tmp_path / "out" / f"stats_{s}.json")["num_images"] for s in NUMBER] == list(NUMBER.values())
+    write(scenes, at(tmp_path / "b", "images/{split}/{n}.png"), at(tmp_path / "b", "masks/{split}/{n}.png"))
+    (tmp_path / "b" / "classes.toml").write_text(OWN % REST)
+    shutil.rmtree(tmp_path / "b" / "masks" / "val")
+    assert process(tmp_path / "b", tmp_path / "out_b", "--size", "32") == 1
+    assert capsys.readouterr().err.count("expected its label file") == 4
+
+
+def test_masks_beside_their_images_and_grey_images_are_read(scenes, tmp_path):
+    grey = {split: [(picture[..., 0], ids) for picture, ids in pairs] for split, pairs in scenes.items()}
+    write(grey, at(tmp_path / "a", "{split}/{n}.jpg"), at(tmp_path / "a", "{split}/{n}_mask.png"))
+    (tmp_path / "a" / "classes.toml").write_text(OWN % REST)
+    assert process(tmp_path / "a", tmp_path / "out", "--size", "32") == 0
+    assert read_json(tmp_path / "out" / "stats_val.json")["num_images"] == 4
+
+
+def test_a_class_file_in_colours_does_not_fit_a_layout_of_ids(scenes, tmp_path, capsys):
+    official(tmp_path / "raw", scenes)
+    (tmp_path / "c.toml").write_text(TWO % ("", ""))
+    assert process(tmp_path / "raw", tmp_path / "out", "--size", "32", "--classes", tmp_path / "c.toml") == 1
+    assert "expected ids for each class, as labels of cityscapes have them" in capsys.readouterr().err
+
+
+def test_one_bad_file_does_not_hide_a_data_set(scenes, tmp_path):
+    CITYSCAPES["colour folders"](tmp_path, scenes)
+    (tmp_path / "train" / "label" / "1.png").write_bytes(b"cut")
+    assert find_data(tmp_path).layout.name == "cityscapes-colours"
+    assert process(tmp_path, tmp_path / "out", "--size", "32") == 1
+    assert read_json(tmp_path / "out" / "stats_train.json")["num_images"] == 5
 
 
 # ---- nothing wrong in silence

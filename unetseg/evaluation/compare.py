@@ -1,6 +1,8 @@
 """Whether two runs, or two groups of seeds, differ: intervals and verdicts from the matrices of single images."""
 
 import re
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +106,7 @@ def read_confusions(run: Path, split: str | None = None) -> tuple[dict, np.ndarr
     try:
         with np.load(path, allow_pickle=False) as file:
             confusions, sha256 = file["confusions"].astype(np.int64), str(file["weights_sha256"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: expected a matrix per image, found {error}; run `evaluate` again") from None
     if sha256 != weights_sha256(run):
         raise UserError(f"{path}: these are of other weights than {run} holds; run `evaluate` again")

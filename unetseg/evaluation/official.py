@@ -33,10 +33,7 @@ def score_officially(run: Path, processed: Path, out: Path, split: str | None = 
     data_set, class_set = find_raw(processed, results, raw), stored(about)
     to_id = label_ids(class_set)
     pairs = {
-        pair.stem: pair
-        for name in ("val", "train", "test")
-        if name in data_set.splits
-        for pair in data_set.pairs(name)[0]
+        f"{name}/{p.stem}": p for name in ("train", "val") if name in data_set.splits for p in data_set.pairs(name)[0]
     }
     counts, ceiling, files = np.zeros((34, 34), np.int64), np.zeros((34, 34), np.int64), []
     with exclusive(out):
@@ -44,14 +41,14 @@ def score_officially(run: Path, processed: Path, out: Path, split: str | None = 
             raise UserError(f"{out}: expected a folder of its own for the predictions, found {strangers[0]}")
         for name in tqdm(results["images"], f"scoring {run.name} at full size", unit="img", leave=False, delay=1):
             folder, _, stem = name.partition("/")
-            if stem not in pairs:
+            if name not in pairs:
                 raise UserError(f"{data_set.root}: expected {stem}, found no such image; name the raw data with --raw")
-            image, truth = read_raw(data_set, pairs[stem])
+            image, truth = read_raw(data_set, pairs[name])
             pred = to_id[predict(model, image, (about["width"], about["height"]))]
             mask = read_png(pair_paths(processed, folder, stem)[1], "L")
             counts += count(truth, pred)
             ceiling += count(truth, to_id[upsampled(mask, truth.shape)])
-            files.append((out / f"{stem}_pred_labelIds.png", pairs[stem].labels))
+            files.append((out / f"{stem}_pred_labelIds.png", pairs[name].labels))
             write_png(files[-1][0], pred)
     found = scores(counts, class_set) | {"ceiling": scores(ceiling, class_set), "images": len(files)}
     found |= script_scores(files)

@@ -77,7 +77,9 @@ def occlude(dataset: SegmentationSet, row: int, kind: str, share: float, aimed: 
         ys, xs = np.mgrid[: mask.shape[0], : mask.shape[1]]
         distance = (xs - middle[0]) ** 2 + (ys - middle[1]) ** 2
         covered = distance <= np.sort(distance, axis=None)[round(share * mask.size) - 1]
-    other = dataset.images[int(rng.integers(len(dataset)))].cpu().numpy()
+    if kind == "patch" and len(dataset) == 1:
+        raise UserError("patch: expected another image in the split, found none")
+    other = dataset.images[(row + 1 + int(rng.integers(max(1, len(dataset) - 1)))) % len(dataset)].cpu().numpy()
     textures: dict[str, Callable[[], np.ndarray]] = {
         "flat": lambda: np.broadcast_to(colour, image.shape),
         "disc": lambda: np.broadcast_to(colour, image.shape),
@@ -143,12 +145,15 @@ def counts(preds: np.ndarray, masks: np.ndarray, number: int, kept: np.ndarray |
     return np.stack(rows).reshape(-1, number + 1, number)
 
 
+def pooled(found: np.ndarray, void: str) -> float | None:
+    """mIoU of (N, C + 1, C) counts together; None where no pixel counts."""
+    value = miou(under_rule(found.sum(axis=0), void))
+    return value if value == value else None
+
+
 def against(clean: np.ndarray, found: np.ndarray, blocks: np.ndarray, void: str) -> dict:
     """The pooled mIoU, and its difference to that of the clean images, with an interval where blocks suffice."""
-    return {
-        "miou": miou(under_rule(found.sum(axis=0), void)),
-        "change": difference(clean[None], found[None], blocks, void),
-    }
+    return {"miou": pooled(found, void), "change": difference(clean[None], found[None], blocks, void)}
 
 
 def occlusion_scores(model: torch.nn.Module, dataset: SegmentationSet, clean: np.ndarray, void: str) -> list[dict]:
@@ -156,6 +161,8 @@ def occlusion_scores(model: torch.nn.Module, dataset: SegmentationSet, clean: np
     number, masks, rows = len(dataset.class_set), dataset.masks.cpu().numpy(), []
     blocks = blocks_of(dataset)
     for kind, share, aimed in tqdm([*conditions()], "occluders", leave=False, delay=1):
+        if aimed and not dataset.class_set.people:
+            continue
         row: dict = {"kind": kind, "seen_in_training": kind in SEEN, "coverage": share, "aimed": aimed}
         try:
             pairs = [occlude(dataset, n, kind, share, aimed) for n in range(len(dataset))]
@@ -169,7 +176,7 @@ def occlusion_scores(model: torch.nn.Module, dataset: SegmentationSet, clean: np
             "all": against(clean, counts(preds, masks, number), blocks, void),
         }
         for name, kept in (("visible", ~covered), ("covered", covered)):
-            row[name] = {"miou": miou(under_rule(counts(preds, masks, number, kept).sum(axis=0), void))}
+            row[name] = {"miou": pooled(counts(preds, masks, number, kept), void)}
         rows.append(row)
     return rows
 
@@ -181,6 +188,8 @@ def corruption_scores(model: torch.nn.Module, dataset: SegmentationSet, clean: n
         from imagecorruptions import corrupt, get_corruption_names
     except ImportError:
         return [{"left_out": "imagecorruptions is not installed (pip install imagecorruptions-imaug)"}]
+    if min(dataset.size) < 32:
+        return [{"left_out": "the corruptions need images of 32 pixels a side and more"}]
     images, masks, rows = dataset.images.cpu().numpy(), dataset.masks.cpu().numpy(), []
     for name in tqdm(get_corruption_names(), "corruptions", leave=False, delay=1):
         for severity in SEVERITIES:
@@ -210,7 +219,7 @@ def robustness(run: Path, processed: Path, split: str | None = None) -> dict:
     found = {"run": run.name, "split": dataset.split.name, "split_note": dataset.split.note, "size": list(dataset.size)}
     found |= {"images": dataset.split.images, "data_sha256": dataset.split.sha256, "trained_void": void}
     found |= {"weights_sha256": checkpoint.weights_sha256(run), "commit": commit(), "resolution": "after shrinking"}
-    found |= {"clean": miou(under_rule(clean.sum(axis=0), void))}
+    found |= {"clean": pooled(clean, void)}
     found |= {"occlusion": occlusion_scores(model, dataset, clean, void)}
     found |= {"corruptions": corruption_scores(model, dataset, clean, void)}
     write_json(run / f"robustness_{dataset.split.name}.json", found)

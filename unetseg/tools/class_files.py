@@ -16,37 +16,46 @@ MOST_CLASSES = 64  # in a first file; more values than that are no classes
 
 
 def read_class_file(path: Path) -> ClassSet:
-    """The class set in a TOML file. Raises UserError, saying what to write."""
+    """The class set in a TOML file. Raises UserError, saying what was expected."""
     try:
         found = tomllib.loads(read_bytes(path).decode())
-        classes, void, people = found["classes"], found.get("void", {}), found.get("people")
-        if unknown := found.keys() - {"classes", "void", "people"}:
-            raise ValueError(f"the entry {sorted(unknown)[0]!r}; write classes, void or people")
-        if not 1 < len(classes) < 254 or any("colour" not in entry for entry in classes.values()):
-            raise ValueError(f"{len(classes)} classes; write 2 to 253, each with a colour")
-        if unknown := set(people or ()) - classes.keys():
-            raise ValueError(f"people that are no classes: {', '.join(sorted(unknown))}")
-        entries = [*classes.values(), void]
-        if len({"ids" in entry for entry in classes.values()}) > 1:
-            raise ValueError("ids for some classes only; write them for all, or for none where masks are in colours")
-        values = [*(entry["colour"] for entry in classes.values()), *(c for e in entries for c in e.get("colours", []))]
-        if any(len(value) != 3 or not all(type(v) is int and 0 <= v < 256 for v in value) for value in values):
-            raise ValueError("a colour that is not three whole numbers from 0 to 255")
-        ids = [id_ for entry in entries for id_ in entry.get("ids", [])]
-        shown = [
-            tuple(v) for entry in entries for v in [*filter(None, [entry.get("colour")]), *entry.get("colours", [])]
-        ]
-        for given, what in ((ids, "id"), ([] if ids else shown, "colour")):
-            if twice := [value for value in given if given.count(value) > 1]:
-                raise ValueError(f"the {what} {twice[0]} in two places")
-        if not all(type(id_) is int and 0 <= id_ < 256 for id_ in ids):
-            raise ValueError("an id that is not a whole number from 0 to 255")
-        return class_set(path.stem, classes, void, people)
-    except (tomllib.TOMLDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not {"classes"} <= found.keys() <= {"classes", "void", "people"}:
+            raise ValueError(
+                f"the entries {', '.join(found) or 'none'}; expected [classes], and perhaps [void] and people"
+            )
+        for expected, holds in rules(**found).items():
+            if not holds:
+                raise ValueError(f"something else; expected {expected}")
+        return class_set(path.stem, **found)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
-        said = f"no {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{path}: expected a class file as in docs/data.md, found {said}") from None
+        raise UserError(f"{path}: expected a class file as in docs/data.md, found {error}") from None
+
+
+def rules(classes: dict, void: dict | None = None, people: list | None = None) -> dict[str, bool]:
+    """What a class file must be, in words, and whether it is."""
+    entries, void = list(classes.values()), void or {}
+    ids = [id_ for entry in (*entries, void) for id_ in entry.get("ids", [])]
+    shown = [tuple(entry["colour"]) for entry in entries if "colour" in entry]
+    colours = [*shown, *(tuple(colour) for entry in (*entries, void) for colour in entry.get("colours", []))]
+    return {
+        "two to 253 classes, none of them named void": 1 < len(classes) < 254 and "void" not in classes,
+        "a colour for each class": len(shown) == len(entries),
+        "no entries but colour, colours and ids": {key for e in (*entries, void) for key in e}
+        <= {"colour", "colours", "ids"},
+        "colours of three whole numbers from 0 to 255": all(len(c) == 3 and all(map(is_byte, c)) for c in colours),
+        "ids from 0 to 255": all(map(is_byte, ids)),
+        "ids for all classes, or for none": len({"ids" in entry for entry in entries}) == 1,
+        "each id once": len(set(ids)) == len(ids),
+        "each colour once": bool(ids) or len(set(colours)) == len(colours),
+        "people as a list of names of classes": people is None
+        or (isinstance(people, list) and set(people) <= classes.keys()),
+    }
+
+
+def is_byte(value: object) -> bool:
+    return type(value) is int and 0 <= value <= 255
 
 
 def write_class_file(folder: Path, out: Path | None = None) -> str:
@@ -59,9 +68,9 @@ def write_class_file(folder: Path, out: Path | None = None) -> str:
         raise UserError(f"{path}: exists already; edit it, or write another one with --out")
     counts = count_values([p for sides in found[0].splits.values() for ps in sides[1].by_stem.values() for p in ps])
     total, names = sum(counts.values()), given_names(found[0].root)
-    if len(counts) > MOST_CLASSES:
+    if not 1 < len(counts) <= MOST_CLASSES:
         raise UserError(
-            f"{folder}: expected up to {MOST_CLASSES} values in the masks, found {len(counts)}: are they classes?"
+            f"{folder}: expected 2 to {MOST_CLASSES} values in the masks, found {len(counts)}: are they classes?"
         )
     lines = ["# Written from the masks: give each class its name; classes of people may be named in `people = [...]`."]
     lines += ["", "[classes]"]
@@ -69,7 +78,8 @@ def write_class_file(folder: Path, out: Path | None = None) -> str:
     for place, value in enumerate(sorted(counts.keys() - set(void))):
         colour = list(value) if isinstance(value, tuple) else shade(place)
         ids = "" if isinstance(value, tuple) else f", ids = [{value}]"
-        name, share = names.get(value, f"class_{place}"), counts[value] / total
+        name, share = names.get(value, "void"), counts[value] / total
+        name = f"class_{place}" if name == "void" or list(names.values()).count(name) > 1 else name
         lines.append(f'"{name}" = {{ colour = {colour}{ids} }}  # {share:.1%} of the pixels')
     lines += ["", "[void]", f"ids = {void}"] if void else []
     with atomic_open(path) as file:

@@ -14,7 +14,7 @@ from torch import nn
 
 from .. import device, tracking
 from ..data import load_split
-from ..files import UserError, read_bytes
+from ..files import UserError, file_error, read_bytes
 from ..losses import cross_entropy
 from ..model import UNet
 from ..processed import read_stats
@@ -128,11 +128,14 @@ def raw_data(path: Path) -> tuple[str, tuple]:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a PNG or JPEG file has its end."""
-    end = {".png": b"IEND", ".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9"}.get(path.suffix.lower(), b"")
-    with path.open("rb") as file:
-        file.seek(max(path.stat().st_size - 4096, 0))
-        return end in file.read()
+    """Whether a PNG or JPEG file has its end. Raises FileError."""
+    try:
+        with path.open("rb") as file:
+            end = {b"\x89P": b"IEND", b"\xff\xd8": b"\xff\xd9"}.get(file.read(2), b"")
+            file.seek(max(path.stat().st_size - 4096, 0))
+            return end in file.read() and path.stat().st_size > 0
+    except OSError as error:
+        raise file_error(error, path) from None
 
 
 def describe_wandb() -> tuple[str, None]:

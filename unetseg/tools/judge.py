@@ -37,8 +37,9 @@ SCHEMES = {  # by the default class set of a layout: the ids of GROUPS, the righ
 }
 
 
-def fit(image: np.ndarray, labels: np.ndarray) -> tuple[float, float, int]:
-    """By how many steps right and down the labels would fit the image's edges best, and the step in pixels."""
+def fit(image: np.ndarray, labels: np.ndarray) -> tuple[float, float, int] | None:
+    """By how many steps right and down the labels would fit the image's edges best, and the step in pixels;
+    None where the labels have no edge, or the picture is small."""
     step = max(1, labels.shape[1] // WIDTH)
     grey = cv2.GaussianBlur(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32), (0, 0), step / 2 + 0.5)
     grey, labels = grey[::step, ::step], labels[::step, ::step]
@@ -46,6 +47,8 @@ def fit(image: np.ndarray, labels: np.ndarray) -> tuple[float, float, int]:
     edges = np.zeros(labels.shape, np.float32)
     edges[:, 1:] += labels[:, 1:] != labels[:, :-1]
     edges[1:] += labels[1:] != labels[:-1]
+    if not edges.any() or min(edges.shape) <= 2 * REACH:
+        return None
     spectrum = np.fft.rfft2(strength - strength.mean()) * np.conj(np.fft.rfft2(edges > 0))
     scores = np.roll(np.fft.irfft2(spectrum, s=labels.shape), (REACH, REACH), (0, 1))[: 2 * REACH + 1, : 2 * REACH + 1]
     y, x = np.unravel_index(scores.argmax(), scores.shape)

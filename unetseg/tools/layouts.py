@@ -6,6 +6,7 @@ To add a data set, write its class file into class_sets/ and a Layout with `find
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..classes import CLASS_SETS, ClassSet
-from ..files import read_bytes
+from ..files import UserError, read_bytes
 from ..images import BadFile, read_pixels
 
 DEEPEST = 8  # folders below the given one that are looked into
@@ -86,8 +87,8 @@ class DataSet:
 
     def quick_size(self) -> tuple[int, int]:
         """Width and height for a quick run: the shape of the images, few pixels."""
-        path = first_file(self.splits)
-        height, width = self.layout.read_image(path, read_bytes(path)).shape[:2]
+        found = readable(self.splits, 0, self.layout.read_image)
+        height, width = found[0][1].shape[:2] if found else (256, 256)
         small = 48 * max(1, round((18432 * width / height) ** 0.5 / 48))
         return small, round(small * height / width)
 
@@ -256,15 +257,20 @@ class ImagePairs(Layout):
             splits = {s: tree.files(top, r"\.jpe?g", deep=False) for s, top in tree.split_folders(path).items()}
             splits = {split: (files, files) for split, files in splits.items() if files.by_stem}
             stems = [stem for files, _ in splits.values() for stem in files.by_stem]
-            if stems and all(stem.isdigit() for stem in stems) and self.looks_right(first_file(splits)):
+            if stems and all(stem.isdigit() for stem in stems) and self.looks_right(splits):
                 notes = [
                     "labels are decoded from JPEG colours: exact inside regions, void where colours blend at edges"
                 ]
                 yield DataSet(self, path, splits, [*notes, "the photos were squashed to 256x256 by their publisher"])
 
-    def looks_right(self, path):
-        width, height = read_pixels(path, read_bytes(path)).shape[1::-1]
-        return width == 2 * height and (self.read_labels(path, read_bytes(path), None) > 0).mean() > 0.5
+    def looks_right(self, splits):
+        """Whether images are twice as wide as high, and the right halves have gtFine's colours, unlike the left ones."""
+        found = [image for _, image in readable(splits, 0, read_pixels)]
+        if not found or any(image.shape != (len(image), 2 * len(image), 3) for image in found):
+            return False
+        halves = [np.concatenate(half) for half in zip(*(np.split(image, 2, axis=1) for image in found))]
+        left, right = ((nearest_colours(half, near=12) > 0).mean() for half in halves)
+        return right > 0.5 and left < right / 2
 
     def read_image(self, path, content):
         image = super().read_image(path, content)
@@ -284,11 +290,9 @@ class CamVid(Layout):
 
     def find(self, tree):
         for path, (folders, _) in tree.items():
-            tops = {split: top for split, top in tree.split_folders(path).items() if top.name + self.beside in folders}
-            labels = {split: path / (top.name + self.beside) for split, top in tops.items()}
-            splits = {split: self.sides(tree, top, labels[split]) for split, top in tops.items()}
-            if any(side.by_stem for sides in splits.values() for side in sides):
-                yield self.data_set(path, splits)
+            tops = {split: (top, path / (top.name + self.beside)) for split, top in tree.split_folders(path).items()}
+            if any(labels.name in folders for _, labels in tops.values()):
+                yield self.data_set(path, {split: self.sides(tree, *sides) for split, sides in tops.items()})
 
     def sides(self, tree, images, labels):
         return tree.files(images, PICTURE, deep=False), tree.files(labels, f"(?:_L|_P)?{PICTURE}", deep=False)
@@ -344,33 +348,55 @@ class Folders(Layout):
     class_sets = ()
     images = ("images", "image", "img", "imgs", "jpegimages")
     masks = ("masks", "mask", "labels", "label", "annotations", "segmentationclass", "segmentation")
-    ending = f"(?:_mask|_label|_L)?{PICTURE}"
+    endings = PICTURE, f"(?:_mask|_label|_L)?{PICTURE}"
 
     def find(self, tree):
         for path, (_, files) in tree.items():
             splits = self.sides(tree, path)
             for split, top in tree.split_folders(path).items():
-                splits |= dict.fromkeys([split], *self.sides(tree, top).values()) if self.sides(tree, top) else {}
+                inner = self.sides(tree, top) or self.beside(tree, top)
+                splits |= {split: inner[""]} if "" in inner else {}
+            if "" in splits:
+                splits = {"train": splits[""]}
             class_file = path / "classes.toml" if "classes.toml" in files else None
-            if splits and self.takes(splits, class_file):
+            if any(all(side.by_stem for side in sides) for sides in splits.values()) and self.takes(splits, class_file):
                 yield DataSet(self, path, splits, [], class_file)
 
     def sides(self, tree, path):
-        """The images and masks in `path`, by the folders of splits in both; without any, all are train."""
+        """The images and masks in two folders of `path`, by the folders of splits in them, or under "" without any."""
         here = {name.lower(): path / name for name in tree[path][0]}
         tops = [next((here[name] for name in names if name in here), None) for names in (self.images, self.masks)]
         if None in tops:
             return {}
-        images, masks = (tree.split_folders(top) for top in tops)
-        both = {split: (images[split], masks[split]) for split in images if split in masks} or {"train": tops}
-        found = {s: tuple(tree.files(top, self.ending) for top in tops) for s, tops in both.items()}
-        return {split: sides for split, sides in found.items() if all(side.by_stem for side in sides)}
+        inner, whole = [tree.split_folders(top) for top in tops], map(tree.files, tops, self.endings)
+        if not inner[0] and not inner[1]:
+            return {"": tuple(whole)}
+        splits = {split: [] for split in sorted(inner[0] | inner[1])}
+        for top, folders, ending in zip(tops, inner, self.endings):
+            flat = tree.files(top, ending, deep=False)
+            for split, sides in splits.items():
+                sides.append(tree.files(folders[split], ending) if split in folders else Files(top / split))
+            if not folders:  # all masks in one folder: each split takes those of its images
+                for sides in splits.values():
+                    other = sides[0].by_stem if len(sides) > 1 else flat.by_stem
+                    sides[-1] = Files(top, {stem: paths for stem, paths in flat.by_stem.items() if stem in other})
+        return {split: tuple(sides) for split, sides in splits.items()}
+
+    def beside(self, tree, top):
+        """Images and masks side by side in one folder, N.jpg and N_mask.png, as Roboflow exports them."""
+        masks, images = tree.files(top, r"_mask\.png", deep=False), tree.files(top, PICTURE, deep=False)
+        images.by_stem = {stem: paths for stem, paths in images.by_stem.items() if not stem.endswith("_mask")}
+        return {"": (images, masks)} if masks.by_stem and self.name == "folders" else {}
 
     def takes(self, splits, class_file):
         return True
 
     def label_name(self, stem):
         return f"{stem}.png among the masks"
+
+    def read_image(self, path, content):
+        image = read_pixels(path, content)
+        return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
 
     def read_labels(self, path, content, class_set):
         if not class_set.palette:
@@ -393,9 +419,11 @@ class ColourFolders(Folders):
     class_sets, val_is_halved = Layout.class_sets, True
 
     def takes(self, splits, class_file):
-        path = first_file(splits, 1)
-        labels = None if class_file else read_mask(path, read_bytes(path), indexed=False)
-        return labels is not None and labels.ndim == 3 and (look_up(labels, CITYSCAPES_COLOURS) != VOID_COLOUR).all()
+        """Whether some masks have no colour but gtFine's, and not void's alone."""
+        seen = set()
+        for _, labels in [] if class_file else readable(splits, 1, lambda *file: read_mask(*file, indexed=False)):
+            seen |= set(np.unique(look_up(labels, CITYSCAPES_COLOURS))) if labels.ndim == 3 else {VOID_COLOUR}
+        return len(seen) > 2 and VOID_COLOUR not in seen
 
     def read_labels(self, path, content, class_set):
         return decode(read_mask(path, content, indexed=False), CITYSCAPES_COLOURS, path)
@@ -405,16 +433,12 @@ class Arrays(Folders):
     """NumPy arrays: {split}/{image,label}/N.npy, images float in [0, 1], labels trainIds with -1 or 255 as void."""
 
     name, expected = "cityscapes-arrays", "{train,val}/{image,label}/N.npy (Cityscapes as arrays)"
-    class_sets, val_is_halved, ending = Layout.class_sets, True, r"\.npy"
+    class_sets, val_is_halved, endings = Layout.class_sets, True, (r"\.npy", r"\.npy")
 
     def read_image(self, path, content):
         image = read_array(path, content)
-        if (
-            image.ndim != 3
-            or image.shape[2] != 3
-            or image.dtype.kind != "f"
-            or not (0 <= image.min() <= image.max() <= 1)
-        ):
+        sound = image.ndim == 3 and image.shape[2] == 3 and image.size and image.dtype.kind == "f"
+        if not sound or not 0 <= image.min() <= image.max() <= 1:
             raise BadFile(f"{path}: expected (H, W, 3) floats in [0, 1], found {image.shape} {image.dtype}")
         return np.round(image * 255).astype(np.uint8)
 
@@ -435,14 +459,18 @@ def read_mask(path: Path, content: bytes, indexed: bool = True) -> np.ndarray:
 
 def read_array(path: Path, content: bytes) -> np.ndarray:
     try:
-        return np.load(BytesIO(content), allow_pickle=False)
+        return np.asarray(np.lib.format.read_array(BytesIO(content), allow_pickle=False))
     except Exception as error:  # NumPy has no common base class for the errors of damaged files
         raise BadFile(f"{path}: expected a NumPy array, found {error}") from None
 
 
-def first_file(splits: dict[str, tuple[Files, Files]], side: int = 0) -> Path:
-    """The first image of a data set, or its first label file (1)."""
-    return next(paths[0] for sides in splits.values() for paths in sides[side].by_stem.values())
+def readable(splits: dict[str, tuple[Files, Files]], side: int, read, most: int = 5) -> list[tuple[Path, np.ndarray]]:
+    """Some readable images (side 0) or label files (1) of a data set, evenly spread; bad ones are told later."""
+    paths, found = [paths[0] for sides in splits.values() for paths in sides[side].by_stem.values()], []
+    for path in paths[:: 1 + len(paths) // most]:
+        with suppress(UserError):
+            found.append((path, read(path, read_bytes(path))))
+    return found
 
 
 @lru_cache(maxsize=4)
@@ -471,21 +499,21 @@ def decode(rgb: np.ndarray, colours: dict, path: Path) -> np.ndarray:
     return ids
 
 
-@lru_cache(maxsize=1)
-def _nearest_table() -> np.ndarray:
+@lru_cache(maxsize=2)
+def _nearest_table(near: int) -> np.ndarray:
     """Label ids of RGB colours in 64 steps a channel; 0 where no colour is near, or two are about as near."""
     steps = np.arange(64) * 4 + 2
     cells = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 1, 3)
     distance = np.sqrt(((cells - np.array(list(CITYSCAPES_COLOURS))) ** 2).sum(axis=2))
     nearest, second = np.partition(distance, 1, axis=1)[:, :2].T
     ids = np.array(list(CITYSCAPES_COLOURS.values()), np.uint8)[distance.argmin(axis=1)]
-    return np.where((nearest <= NEAR) & (second - nearest >= CLEAR), ids, 0).astype(np.uint8)
+    return np.where((nearest <= near) & (second - nearest >= CLEAR), ids, 0).astype(np.uint8)
 
 
-def nearest_colours(rgb: np.ndarray) -> np.ndarray:
+def nearest_colours(rgb: np.ndarray, near: int = NEAR) -> np.ndarray:
     """Label ids (H, W) of gtFine's colours after JPEG compression (H, W, 3) uint8; 0 (void) where not clear."""
     red, green, blue = (rgb >> 2).astype(np.uint32).transpose(2, 0, 1)
-    return _nearest_table().take(red << 12 | green << 6 | blue)
+    return _nearest_table(near).take(red << 12 | green << 6 | blue)
 
 
 def segnet_split(stem: str) -> str:
@@ -552,15 +580,16 @@ def describe(tree: Tree) -> str:
 def picture_facts(path: Path) -> str:
     """Name, size and colours of a picture, for messages."""
     try:
-        pixels = read_pixels(path, read_bytes(path), indexed=True) if path.suffix != ".npy" else np.load(path)
-    except (ValueError, OSError) as error:
-        return f"{path.name} ({str(error)[-60:]})"
-    number = len(
-        np.unique(
-            pixels.reshape(-1, pixels.shape[2]) if pixels.ndim == 3 else pixels, axis=0 if pixels.ndim == 3 else None
+        content = read_bytes(path)
+        pixels = (
+            read_array(path, content) if path.suffix.lower() == ".npy" else read_pixels(path, content, indexed=True)
         )
-    )
-    return f"{path.name}, {pixels.shape[1]}x{pixels.shape[0]}, {number} {'colours' if pixels.ndim == 3 else 'values'}"
+        number = len(np.unique(pixels.reshape(-1, *pixels.shape[2:]), axis=0))
+        return (
+            f"{path.name}, {pixels.shape[1]}x{pixels.shape[0]}, {number} {'colours' if pixels.ndim == 3 else 'values'}"
+        )
+    except (UserError, IndexError, ValueError, TypeError):
+        return f"{path.name}, which is no readable picture"
 
 
 def choose_splits(data_set: DataSet, asked: list[str] | None) -> list[str]:

@@ -518,7 +518,12 @@ def choose_classes(data_set: DataSet, asked: str | None) -> ClassSet:
     if asked in CLASS_SETS or (asked and not asked.endswith(".toml")):
         fitting = " or ".join([*names, "a class file (.toml)"])
         raise UserError(f"--classes: expected {fitting} for {data_set.root}, found {asked}")
-    return read_class_file(Path(asked) if asked else own)
+    class_set = read_class_file(Path(asked) if asked else own)
+    if class_set.palette and names:
+        raise UserError(
+            f"{asked}: expected ids for each class, as labels of {data_set.layout.name} have them, found colours"
+        )
+    return class_set
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
