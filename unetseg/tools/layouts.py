@@ -264,7 +264,7 @@ class ImagePairs(Layout):
                 yield DataSet(self, path, splits, [*notes, "the photos were squashed to 256x256 by their publisher"])
 
     def looks_right(self, splits):
-        """Whether images are twice as wide as high, and the right halves have gtFine's colours, unlike the left ones."""
+        """Whether images are twice as wide as high, and the right halves have gtFine's colours, but not the left."""
         found = [image for _, image in readable(splits, 0, read_pixels)]
         if not found or any(image.shape != (len(image), 2 * len(image), 3) for image in found):
             return False
