@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from io import BytesIO
 from pathlib import Path
 
@@ -21,10 +21,11 @@ from ..images import BadFile, read_pixels
 DEEPEST = 8  # folders below the given one that are looked into
 JUNK = re.compile(r"\._.*|\.DS_Store|Thumbs\.db|desktop\.ini", re.IGNORECASE)  # files of operating systems
 SKIPPED = re.compile(r"\..*|__MACOSX|wandb|(images|masks)_processed|visualizations")  # folders that hold no raw data
+PICTURE = r"\.(?:png|jpe?g)"
+ANY_PICTURE = re.compile(rf"{PICTURE}$|\.npy$", re.IGNORECASE)
 ARCHIVE = re.compile(r"\.(zip|tar|t?gz|7z|rar)$", re.IGNORECASE)
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 SPLITS |= {"train_extra": "train_extra"}
-PICTURE = r"\.(?:png|jpe?g)"
 VOID_COLOUR = 254  # in place of a colour that no class has
 NEAR, CLEAR = 40, 8  # distances in RGB: of a JPEG's colour to its class, and how much farther the next one is
 
@@ -545,9 +546,8 @@ def find_data(root: Path, coarse: bool = False, given_split: bool = False) -> Da
     if not root.is_dir():
         expected = " or ".join(layout.expected for layout in LAYOUTS[:3])
         raise BadFile(f"{root}: expected a folder with {expected}; found {'a file' if root.exists() else 'nothing'}")
-    asked = tuple(
-        {"cityscapes": Cityscapes(coarse), "camvid32": CamVidColours(given_split)}.get(x.name, x) for x in LAYOUTS
-    )
+    changed = {"cityscapes": Cityscapes(coarse), "camvid32": CamVidColours(given_split)}
+    asked = tuple(changed.get(layout.name, layout) for layout in LAYOUTS)
     found, tree = find_data_sets(root, asked)
     if not found:
         raise BadFile(describe(tree))
@@ -559,35 +559,32 @@ def find_data(root: Path, coarse: bool = False, given_split: bool = False) -> Da
 
 def describe(tree: Tree) -> str:
     """What lies in a tree that no layout matches, and what the layout nearest to it expects."""
+    holds = {path: next((n for n in names if ANY_PICTURE.search(n)), "") for path, (_, names) in tree.items()}
+    shown = [path for path, name in holds.items() if name][:6]
+    there = [
+        f"{p.relative_to(tree.root)}/ with {len(tree[p][1])} files like {picture_facts(p / holds[p])}" for p in shown
+    ]
     zipped = [path / name for path, (_, names) in tree.items() for name in names if ARCHIVE.search(name)]
-    if zipped:
+    if zipped and not there:
         return f"{zipped[0]}: expected folders of pictures, found an archive ({len(zipped)} in all); unpack it"
     folders = {name.lower() for inner, _ in tree.values() for name in inner}
+    words = [len(set(re.findall(r"\w+", layout.expected.lower())) & (folders - SPLITS.keys())) for layout in LAYOUTS]
+    expected = f"{LAYOUTS[words.index(max(words))].expected} or another layout of docs/data.md"
     if len(half := {"leftimg8bit", "gtfine"} & folders) == 1:
         missing = "gtFine" if "leftimg8bit" in half else "leftImg8bit"
-        return f"{tree.root}: expected {missing}/ with folders of splits, found none; both archives are needed"
-    words = [len(set(re.findall(r"\w+", layout.expected.lower())) & folders - SPLITS.keys()) for layout in LAYOUTS]
-    there = [
-        f"{path.relative_to(tree.root)}/ with {len(names)} files like {picture_facts(path / names[0])}"
-        for path, (_, names) in tree.items()
-        if names and re.search(rf"{PICTURE}$|\.npy$", names[0], re.IGNORECASE)
-    ]
-    found = "; ".join(there[:6]) or ", ".join([*tree[tree.root][0], *tree[tree.root][1]][:8]) or "nothing"
-    expected = LAYOUTS[words.index(max(words))].expected
-    return f"{tree.root}: expected {expected} or another layout of docs/data.md; found {found}"
+        expected = f"{missing}/ with folders of splits, because both archives of Cityscapes are needed"
+    found = "; ".join(there) or ", ".join([*tree[tree.root][0], *tree[tree.root][1]][:8]) or "nothing"
+    return f"{tree.root}: expected {expected}; found {found}" + (f"; {zipped[0]} is not unpacked" if zipped else "")
 
 
 def picture_facts(path: Path) -> str:
     """Name, size and colours of a picture, for messages."""
     try:
-        content = read_bytes(path)
-        pixels = (
-            read_array(path, content) if path.suffix.lower() == ".npy" else read_pixels(path, content, indexed=True)
-        )
+        read = read_array if path.suffix.lower() == ".npy" else partial(read_pixels, indexed=True)
+        pixels = read(path, read_bytes(path))
         number = len(np.unique(pixels.reshape(-1, *pixels.shape[2:]), axis=0))
-        return (
-            f"{path.name}, {pixels.shape[1]}x{pixels.shape[0]}, {number} {'colours' if pixels.ndim == 3 else 'values'}"
-        )
+        kind = "colours" if pixels.ndim == 3 else "values"
+        return f"{path.name}, {pixels.shape[1]}x{pixels.shape[0]}, {number} {kind}"
     except (UserError, IndexError, ValueError, TypeError):
         return f"{path.name}, which is no readable picture"
 
