@@ -69,7 +69,9 @@ def difference(a: np.ndarray, b: np.ndarray, blocks: np.ndarray, void: str = "ig
     scores = [pooled_miou(group.sum(axis=1), void) for group in per_block]  # (S,) each
     found = {"difference": float(scores[1].mean() - scores[0].mean()), "blocks": number, "seeds": [len(a), len(b)]}
     if number < LEAST_BLOCKS:
-        return found | {"reason": f"{number} blocks of {SECONDS} s, and {LEAST_BLOCKS} are needed for an interval"}
+        return found | {
+            "reason": f"the images make {number} of the {LEAST_BLOCKS} blocks of {SECONDS} s that an interval needs"
+        }
     draws = rng.multinomial(number, np.full(number, 1 / number), size=DRAWS)  # how often each block is drawn
     means = [
         np.mean([pooled_miou(np.einsum("db,bij->dij", draws, run), void) for run in group], axis=0)

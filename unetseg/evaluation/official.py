@@ -17,10 +17,8 @@ from .results import number, read_results
 
 NINETEEN = CLASS_SETS["cityscapes19"]
 EVALUATED = np.flatnonzero(NINETEEN.lookup[:34] != IGNORE_INDEX)  # label ids that count; the other rows are ignored
-HONEST = {  # what the seven classes have in common with the benchmark: their label ids are the same
-    "class": {"road": 7, "building": 11, "vegetation": 21, "sky": 23},
-    "category": {"person": "human", "vehicle": "vehicle", "sky": "sky"},
-}
+HONEST = {"road": 7, "building": 11, "vegetation": 21, "sky": 23}  # classes of the seven that the benchmark has, too
+COMMON = ("human", "vehicle", "sky")  # and its categories that are one of the seven
 
 
 def score_officially(run: Path, processed: Path, out: Path, split: str | None = None, raw: Path | None = None) -> dict:
@@ -72,10 +70,10 @@ def find_raw(processed: Path, results: dict, raw: Path | None) -> DataSet:
 def label_ids(class_set: ClassSet) -> np.ndarray:
     """Class id -> label id (256,) uint8 to be written; 0 (unlabeled) for what has none, such as background."""
     table = np.zeros(256, np.uint8)
-    if class_set.name == "cityscapes19":
+    if class_set.names == NINETEEN.names:
         table[:19] = [np.flatnonzero(NINETEEN.lookup == c)[0] for c in range(19)]
-    elif class_set.name == "cityscapes7":
-        ids = HONEST["class"] | {"person": 24, "vehicle": 26}
+    elif class_set.names == CLASS_SETS["cityscapes7"].names:
+        ids = HONEST | {"person": 24, "vehicle": 26}
         table[: len(class_set)] = [ids.get(name, 0) for name in class_set.names]
     else:
         raise UserError(f"{class_set.name}: expected cityscapes19 or cityscapes7, whose classes the benchmark knows")
@@ -105,11 +103,11 @@ def scores(counts: np.ndarray, class_set: ClassSet) -> dict:
     hits, truth, pred = counts[EVALUATED, EVALUATED], valid.sum(axis=1), valid[:, EVALUATED].sum(axis=0)
     iou = np.where(truth + pred > 0, hits / np.maximum(truth + pred - hits, 1), np.nan)
     named = dict(zip(NINETEEN.names, (None if value != value else float(value) for value in iou)))
-    if class_set.name == "cityscapes19":
+    if class_set.names == NINETEEN.names:
         known = [value for value in named.values() if value is not None]
         return {"class_iou": named, "miou": float(np.mean(known)) if known else None}
     said = "seven classes: only these mean the same in the benchmark; there is no mean that could be compared"
-    return {"class_iou": {name: named[name] for name in HONEST["class"]}, "note": said}
+    return {"class_iou": {name: named[name] for name in HONEST}, "note": said}
 
 
 def script_scores(files: list[tuple[Path, Path]]) -> dict:
@@ -143,5 +141,7 @@ def official_table(found: dict) -> str:
         lines.append(f"  {name:<16}" + "".join(f"{number(cell):>{n}}" for cell, n in zip(cells, (8, 9, 8, 9))))
     ceiling = number(found["ceiling"].get("miou"))
     means = [f"mIoU {number(found['miou'])}, ceiling {ceiling}" if "miou" in found else found["note"]]
-    categories = ", ".join(f"{name} {number(iou)}" for name, iou in script.get("category", {}).items())
+    categories = ", ".join(
+        f"{name} {number(iou)}" for name, iou in script.get("category", {}).items() if "miou" in found or name in COMMON
+    )
     return "\n".join(lines + means + [f"categories: {categories}"] * bool(categories))
