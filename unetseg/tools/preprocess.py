@@ -490,7 +490,7 @@ def run(args: argparse.Namespace, data_set: DataSet | None = None) -> int:
         splits, staging = choose_splits(data_set, args.splits), open_staging(out, recipe)
         for split in splits:
             number = len(data_set.splits[split][0].by_stem)
-            task = Task(staging, split, recipe, layout, class_set, max(1, number // 32))
+            task = Task(staging, split, recipe, layout, class_set, max(1, number // 16))
             records, stats = make_split(pool, data_set, out, task, not args.overwrite)
             report(split, records, stats)
             left_out += sum(bool(record.error) for record in records)
