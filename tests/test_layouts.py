@@ -343,7 +343,7 @@ def test_a_class_file_in_colours_does_not_fit_a_layout_of_ids(scenes, tmp_path, 
     official(tmp_path / "raw", scenes)
     (tmp_path / "c.toml").write_text(TWO % ("", ""))
     assert process(tmp_path / "raw", tmp_path / "out", "--size", "32", "--classes", tmp_path / "c.toml") == 1
-    assert "expected ids for each class, as labels of cityscapes have them" in capsys.readouterr().err
+    assert "expected ids for each class, as cityscapes has them" in capsys.readouterr().err
 
 
 def test_one_bad_file_does_not_hide_a_data_set(scenes, tmp_path):

@@ -18,9 +18,9 @@ SITTING += ["train", "run", "checkpoint", "distributed", "device"]
 AROUND = ["__init__", "__main__", "images", "inference", "tracking", "plots", "files"]
 BUDGETS = {  # lines, docstrings and comments included, blank ones not
     "the sitting": ([f"unetseg/{name}.py" for name in SITTING], 1452),
-    "around it": ([f"unetseg/{name}.py" for name in AROUND], 820),
-    "evaluation": (["unetseg/evaluation/*.py"], 760),
-    "tools": (["unetseg/tools/*.py"], 1788),
+    "around it": ([f"unetseg/{name}.py" for name in AROUND], 819),
+    "evaluation": (["unetseg/evaluation/*.py"], 737),
+    "tools": (["unetseg/tools/*.py"], 1763),
     "notebooks": (["notebooks/*.py"], 300),
     "the script": (["preprocessing/*.py"], 20),
     "report": (["report/*.py", "report/*.typ"], 400),

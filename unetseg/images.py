@@ -12,10 +12,8 @@ from .files import UserError, read_bytes
 try:
     import cv2
 except ImportError as error:
-    raise UserError(
-        f"OpenCV cannot be imported here ({error}); on a machine without a display install the headless build: "
-        "pip uninstall -y opencv-python && pip install opencv-python-headless"
-    ) from None
+    advice = "install its headless build: pip uninstall -y opencv-python && pip install opencv-python-headless"
+    raise UserError(f"OpenCV cannot be imported here ({error}); on a machine without a display {advice}") from None
 
 PHOTOS = ["PNG", "JPEG", "BMP", "TIFF", "WEBP"]  # Pillow reads more, but some of those start other programs
 FLAGS = {"RGB": cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION, "L": cv2.IMREAD_UNCHANGED}

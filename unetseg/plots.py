@@ -68,9 +68,8 @@ def weights_table(names: tuple[str, ...], num_pixels: np.ndarray, weights: np.nd
 
 def training_curves(history: list[dict], title: str = "") -> Figure:
     """Losses on the left, validation mIoU with its best epoch on the right; `history` as in history.csv."""
-    epoch, train_loss, val_loss, miou = (
-        np.array([float(row[key]) for row in history]) for key in ("epoch", "train_loss", "val_loss", "val_miou")
-    )
+    keys = "epoch", "train_loss", "val_loss", "val_miou"
+    epoch, train_loss, val_loss, miou = (np.array([float(row[key]) for row in history]) for key in keys)
     figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(epoch, train_loss, "o-", ms=3, color=STAGE_COLOURS[0], label="train")
@@ -129,10 +128,13 @@ def robustness_curves(found: dict) -> Figure:
             share = [0.0] + [100 * row["covered_share"] for row in rows]
             for name, colour in zip(("all", "visible", "covered"), STAGE_COLOURS):
                 values = [row[name]["miou"] for row in rows]
-                values = [np.nan if name == "covered" else found["clean"], *values]
+                values = np.array([None if name == "covered" else found["clean"], *values], float)
                 label = f"{name}, {'people' if aimed else 'anywhere'}"
                 ax.plot(share, values, style, ms=3, color=colour, label=label, lw=1.2)
-            ends = [found["clean"] + np.array(row["all"]["change"].get("interval", [np.nan] * 2)) for row in rows]
+            ends = [
+                (found["clean"] or np.nan) + np.array(row["all"]["change"].get("interval", [np.nan] * 2))
+                for row in rows
+            ]
             ax.fill_between(share[1:], *np.transpose(ends), color=STAGE_COLOURS[0], alpha=0.15, lw=0)
         ax.set(title=kind, xlabel="covered, %", ylabel="mIoU")
     handles, labels = figure.axes[0].get_legend_handles_labels()

@@ -69,24 +69,18 @@ def difference(a: np.ndarray, b: np.ndarray, blocks: np.ndarray, void: str = "ig
     scores = [pooled_miou(group.sum(axis=1), void) for group in per_block]  # (S,) each
     found = {"difference": float(scores[1].mean() - scores[0].mean()), "blocks": number, "seeds": [len(a), len(b)]}
     if number < LEAST_BLOCKS:
-        return found | {
-            "reason": f"the images make {number} of the {LEAST_BLOCKS} blocks of {SECONDS} s that an interval needs"
-        }
+        said = f"the images make {number} of the {LEAST_BLOCKS} blocks of {SECONDS} s that an interval needs"
+        return found | {"reason": said}
     draws = rng.multinomial(number, np.full(number, 1 / number), size=DRAWS)  # how often each block is drawn
-    means = [
-        np.mean([pooled_miou(np.einsum("db,bij->dij", draws, run), void) for run in group], axis=0)
-        for group in per_block
-    ]
+    drawn = [[pooled_miou(np.einsum("db,bij->dij", draws, run), void) for run in group] for group in per_block]
+    means = [np.mean(group, axis=0) for group in drawn]
     parts = [(np.var(means[1] - means[0], ddof=1) * number / (number - 1), number - 1)]
     parts += [(np.var(score, ddof=1) / len(score), len(score) - 1) for score in scores if len(score) > 1]
     variance = sum(part for part, _ in parts)
     freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts) if variance else number - 1
     half = float(stats.t.ppf(1 - LEVEL / 2, freedom) * np.sqrt(variance))
-    p = (
-        float(2 * stats.t.sf(abs(found["difference"]) / np.sqrt(variance), freedom))
-        if variance
-        else float(found["difference"] == 0)
-    )
+    size = abs(found["difference"])
+    p = float(2 * stats.t.sf(size / np.sqrt(variance), freedom) if variance else size == 0)
     return found | {"interval": [found["difference"] - half, found["difference"] + half], "p": p}
 
 
@@ -137,6 +131,5 @@ def verdict_line(name: str, found: dict) -> str:
     low, high = (100 * end for end in found["interval"])
     seeds = "" if min(found["seeds"]) > 1 else "; one seed each: what another seed would change is not in it"
     what = f"{found['blocks']} blocks of {SECONDS} s" if found["names_tell_time"] else f"{found['blocks']} images"
-    return (
-        f"{line}, 95 % interval {low:+.2f} to {high:+.2f} ({what}{seeds}): {found['verdict']} (p {found['p_holm']:.3f})"
-    )
+    verdict = f"{found['verdict']} (p {found['p_holm']:.3f})"
+    return f"{line}, 95 % interval {low:+.2f} to {high:+.2f} ({what}{seeds}): {verdict}"

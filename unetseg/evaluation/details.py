@@ -28,9 +28,8 @@ class Details:
         self.class_set, number = class_set, len(class_set)
         self.regions = np.zeros((2, len(DISTANCES), number))  # of boundary IoU: intersection, union
         self.edges = np.zeros((4, len(DISTANCES), number))  # found, predicted; recovered, true
-        self.objects = {
-            name: np.zeros((3, len(SIZES))) for name in class_set.names if name in THINGS
-        }  # hit, true, false
+        things = [name for name in class_set.names if name in THINGS]
+        self.objects = {name: np.zeros((3, len(SIZES))) for name in things}  # hit, true, false
         self.bins = np.zeros((3, BINS))  # pixels, right ones, confidence
 
     def look(self, logits: Tensor, masks: Tensor) -> None:
@@ -54,10 +53,7 @@ class Details:
             bands = [inner_band(region, distance) for region in (pred, mask)]
             both = np.count_nonzero(bands[0] & bands[1])
             self.regions[:, row, class_id] += both, np.count_nonzero(bands[0] | bands[1])
-            hits = [
-                np.count_nonzero(outside[1][edges[0]] <= distance),
-                np.count_nonzero(outside[0][edges[1]] <= distance),
-            ]
+            hits = [np.count_nonzero(outside[1 - side][edges[side]] <= distance) for side in (0, 1)]
             self.edges[:, row, class_id] += hits[0], edges[0].sum(), hits[1], edges[1].sum()
         name = self.class_set.names[class_id]
         if name in self.objects:
@@ -123,9 +119,8 @@ def by_size(pred: np.ndarray, mask: np.ndarray) -> np.ndarray:
     sizes = np.searchsorted(limits, stats[:, cv2.CC_STAT_AREA])  # of each object; 0 is the background
     if mask.any():
         hits = np.bincount(parts[(pred & mask) > 0], minlength=number)
-        _, nearest = cv2.distanceTransformWithLabels(
-            1 - mask, cv2.DIST_L2, cv2.DIST_MASK_5, labelType=cv2.DIST_LABEL_PIXEL
-        )
+        pixels = {"labelType": cv2.DIST_LABEL_PIXEL}
+        _, nearest = cv2.distanceTransformWithLabels(1 - mask, cv2.DIST_L2, cv2.DIST_MASK_5, **pixels)
         owner = np.zeros(nearest.max() + 1, np.int64)
         owner[nearest[mask > 0]] = parts[mask > 0]
         false = np.bincount(owner[nearest[(pred > mask)]], minlength=number)
@@ -153,8 +148,6 @@ def spread(confusions: np.ndarray, stems: list[str], void: str, worst: int = 5) 
     for row, stem in enumerate(stems):
         places.setdefault(place_of(stem), []).append(row)
     pooled = {place: miou(under_rule(confusions[rows].sum(axis=0), void)) for place, rows in places.items() if place}
-    return {
-        "quantiles": quantiles,
-        "worst": [{"image": stems[row], "miou": float(each[row])} for row in order],
-        "places": {place: {"images": len(places[place]), "miou": value} for place, value in sorted(pooled.items())},
-    }
+    worst_ones = [{"image": stems[row], "miou": float(each[row])} for row in order]
+    by_place = {place: {"images": len(places[place]), "miou": value} for place, value in sorted(pooled.items())}
+    return {"quantiles": quantiles, "worst": worst_ones, "places": by_place}

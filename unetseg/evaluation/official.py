@@ -30,9 +30,8 @@ def score_officially(run: Path, processed: Path, out: Path, split: str | None = 
     results, (model, about) = read_results(run, split), best_model(run)
     data_set, class_set = find_raw(processed, results, raw), stored(about)
     to_id = label_ids(class_set)
-    pairs = {
-        f"{name}/{p.stem}": p for name in ("train", "val") if name in data_set.splits for p in data_set.pairs(name)[0]
-    }
+    splits = [name for name in ("train", "val") if name in data_set.splits]
+    pairs = {f"{name}/{pair.stem}": pair for name in splits for pair in data_set.pairs(name)[0]}
     counts, ceiling, files = np.zeros((34, 34), np.int64), np.zeros((34, 34), np.int64), []
     with exclusive(out):
         if strangers := [p.name for p in out.iterdir() if not re.fullmatch(r"\.lock|.+_pred_labelIds\.png", p.name)]:
@@ -141,7 +140,6 @@ def official_table(found: dict) -> str:
         lines.append(f"  {name:<16}" + "".join(f"{number(cell):>{n}}" for cell, n in zip(cells, (8, 9, 8, 9))))
     ceiling = number(found["ceiling"].get("miou"))
     means = [f"mIoU {number(found['miou'])}, ceiling {ceiling}" if "miou" in found else found["note"]]
-    categories = ", ".join(
-        f"{name} {number(iou)}" for name, iou in script.get("category", {}).items() if "miou" in found or name in COMMON
-    )
+    categories = [item for item in script.get("category", {}).items() if "miou" in found or item[0] in COMMON]
+    categories = ", ".join(f"{name} {number(iou)}" for name, iou in categories)
     return "\n".join(lines + means + [f"categories: {categories}"] * bool(categories))

@@ -23,6 +23,7 @@ from ..processed import scored_split
 from ..train import forward
 from .compare import difference, time_blocks
 from .details import THINGS
+from .results import number as as_text
 
 COVERAGE = (0.1, 0.2, 0.3, 0.4, 0.5)  # shares of the image
 SEEN = ("flat", "noise", "patch")  # textures like those of training, in rectangles
@@ -53,10 +54,8 @@ def rectangle(share: float, middle: tuple[float, float], aspect: float, shape: t
     wide = min(width, max(1, round((share * width * height * aspect) ** 0.5)))
     high = min(height, max(1, round(share * width * height / wide)))
     wide = min(width, max(wide, round(share * width * height / high)))
-    x, y = (
-        int(np.clip(round(at - side / 2), 0, room - side))
-        for at, side, room in zip(middle, (wide, high), (width, height))
-    )
+    sides = zip(middle, (wide, high), (width, height))
+    x, y = (int(np.clip(round(at - side / 2), 0, room - side)) for at, side, room in sides)
     covered = np.zeros(shape, bool)
     covered[y : y + high, x : x + wide] = True
     return covered
@@ -96,9 +95,8 @@ def paste(
     """An instance of another image, at the size that covers `share`, with a blurred edge. As in Amodal Cityscapes
     (Breitenstein & Fingscheidt, IV 2022), whose occluders are pasted instances; here they are connected regions."""
     image, shape = dataset.images[row].cpu().numpy(), dataset.masks.shape[1:]
-    things = [
-        place for place, name in enumerate(dataset.class_set.names) if name in (*THINGS, *dataset.class_set.people)
-    ]
+    names = {*THINGS, *dataset.class_set.people}
+    things = [place for place, name in enumerate(dataset.class_set.names) if name in names]
     for other in rng.permutation(len(dataset)):
         region = np.isin(dataset.masks[int(other)].cpu().numpy(), things).astype(np.uint8)
         number, parts, stats, _ = cv2.connectedComponentsWithStats(region)
@@ -109,10 +107,8 @@ def paste(
         scale = (share * image.shape[0] * image.shape[1] / area) ** 0.5
         size = max(1, round(wide * scale)), max(1, round(high * scale))
         cut = (parts[y : y + high, x : x + wide] == part).astype(np.float32)
-        cut, texture = (
-            cv2.resize(cut, size),
-            cv2.resize(dataset.images[int(other)].cpu().numpy()[y : y + high, x : x + wide], size),
-        )
+        texture = dataset.images[int(other)].cpu().numpy()[y : y + high, x : x + wide]
+        cut, texture = cv2.resize(cut, size), cv2.resize(texture, size)
         matrix = np.float32([[1, 0, middle[0] - size[0] / 2], [0, 1, middle[1] - size[1] / 2]])
         alpha = cv2.warpAffine(cut, matrix, shape[::-1])
         covered, alpha = alpha > 0.5, cv2.GaussianBlur(alpha, (0, 0), BLUR)[..., None]
@@ -171,10 +167,8 @@ def occlusion_scores(model: torch.nn.Module, dataset: SegmentationSet, clean: np
             continue
         images, covered = (np.stack(column) for column in zip(*pairs))
         preds = predict_all(model, images)
-        row |= {
-            "covered_share": float(covered.mean()),
-            "all": against(clean, counts(preds, masks, number), blocks, void),
-        }
+        row["covered_share"] = float(covered.mean())
+        row["all"] = against(clean, counts(preds, masks, number), blocks, void)
         for name, kept in (("visible", ~covered), ("covered", covered)):
             row[name] = {"miou": pooled(counts(preds, masks, number, kept), void)}
         rows.append(row)
@@ -231,11 +225,8 @@ def robustness_table(found: dict) -> str:
     """The scores of `robustness` as text."""
     size = "x".join(map(str, found["size"]))
     lines = [f"{found['run']}: {found['split_note']} ({found['split']}), {size}, void={found['trained_void']}"]
-    lines += [
-        f"mIoU without occluders {found['clean']:.4f}",
-        f"{'occluder':<10}{'where':<10}{'covers':>8}{'visible':>9}",
-    ]
-    lines[-1] += f"{'covered':>9}{'all':>8}{'change, 95 % interval':>28}"
+    lines += [f"mIoU without occluders {as_text(found['clean'])}", f"{'occluder':<10}{'where':<10}{'covers':>8}"]
+    lines[-1] += f"{'visible':>9}{'covered':>9}{'all':>8}{'change, 95 % interval':>28}"
     for row in found["occlusion"]:
         start = f"{row['kind']:<10}{'people' if row['aimed'] else 'anywhere':<10}{row['coverage']:>8.0%}"
         if "left_out" in row:
@@ -244,9 +235,11 @@ def robustness_table(found: dict) -> str:
         change = row["all"]["change"]
         ends = " to ".join(f"{end:+.3f}" for end in change["interval"]) if "interval" in change else "too few blocks"
         scores = row["visible"]["miou"], row["covered"]["miou"], row["all"]["miou"]
-        lines.append(start + "{:>9.4f}{:>9.4f}{:>8.4f}".format(*scores) + f"{change['difference']:>+9.3f} ({ends})")
+        lines.append(
+            start + "{:>9}{:>9}{:>8}".format(*map(as_text, scores)) + f"{change['difference']:>+9.3f} ({ends})"
+        )
     for name in dict.fromkeys(row["corruption"] for row in found["corruptions"] if "corruption" in row):
         scores = [row["miou"] for row in found["corruptions"] if row.get("corruption") == name]
-        lines.append(f"{name:<20}" + "".join(f"{score:>8.4f}" for score in scores))
+        lines.append(f"{name:<20}" + "".join(f"{as_text(score):>8}" for score in scores))
     lines += [row["left_out"] for row in found["corruptions"] if "left_out" in row]
     return "\n".join(lines)

@@ -20,9 +20,7 @@ def read_class_file(path: Path) -> ClassSet:
     try:
         found = tomllib.loads(read_bytes(path).decode())
         if not {"classes"} <= found.keys() <= {"classes", "void", "people"}:
-            raise ValueError(
-                f"the entries {', '.join(found) or 'none'}; expected [classes], and perhaps [void] and people"
-            )
+            raise ValueError(f"the entries {', '.join(found) or 'none'}; expected [classes], [void] and people")
         for expected, holds in rules(**found).items():
             if not holds:
                 raise ValueError(f"something else; expected {expected}")
@@ -69,9 +67,7 @@ def write_class_file(folder: Path, out: Path | None = None) -> str:
     counts = count_values([p for sides in found[0].splits.values() for ps in sides[1].by_stem.values() for p in ps])
     total, names = sum(counts.values()), given_names(found[0].root)
     if not 1 < len(counts) <= MOST_CLASSES:
-        raise UserError(
-            f"{folder}: expected 2 to {MOST_CLASSES} values in the masks, found {len(counts)}: are they classes?"
-        )
+        raise UserError(f"{folder}: expected 2 to {MOST_CLASSES} classes in the masks, found {len(counts)} values")
     lines = ["# Written from the masks: give each class its name; classes of people may be named in `people = [...]`."]
     lines += ["", "[classes]"]
     void = [value for value in counts if value == IGNORE_INDEX and len(counts) > 2]

@@ -116,9 +116,8 @@ def raw_data(path: Path) -> tuple[str, tuple]:
         broken = [file for pair in pairs for file in (pair.image, pair.labels) if not is_complete(file)]
         if broken:
             raise UserError(f"{broken[0]}: expected a complete file ({len(broken)} are truncated); copy it again")
-        about = (
-            f"{split}: {len(pairs)} pairs of {labels.shape[1]}x{labels.shape[0]}, ids {min(present)}..{max(present)}"
-        )
+        size = f"{labels.shape[1]}x{labels.shape[0]}"
+        about = f"{split}: {len(pairs)} pairs of {size}, ids {min(present)}..{max(present)}"
         about += f"; {len(alone)} files without a partner, such as {next(iter(alone.values()))}" if alone else ""
         lines += [about, *(f"{split}: {said}" for said in judge_ids(split, data_set.layout, class_set, present))]
     if "train" not in counts:
@@ -143,9 +142,8 @@ def describe_wandb() -> tuple[str, None]:
         settings = tracking.user_settings()
         key = tracking.has_key(settings)
     except Exception as error:  # W&B's own errors for wrong settings have no common base class
-        raise UserError(
-            f"W&B cannot be used ({error}): correct its settings (WANDB_...), or set WANDB_MODE=disabled"
-        ) from None
+        advice = "correct its settings (WANDB_...), or set WANDB_MODE=disabled"
+        raise UserError(f"W&B cannot be used ({error}): {advice}") from None
     return settings.mode if key or settings.mode != "online" else "offline: there is no key (WANDB_API_KEY)", None
 
 
@@ -166,10 +164,8 @@ def seconds_per_image(num_classes: int, size: tuple[int, int], channels: int = I
     where = device.pick_device()
     model, seconds = UNet(num_classes, channels).to(where, memory_format=torch.channels_last).train(), []
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    images, masks = (
-        torch.rand(8, 3, *size[::-1], device=where),
-        torch.zeros(8, *size[::-1], dtype=torch.long, device=where),
-    )
+    images = torch.rand(8, 3, *size[::-1], device=where)
+    masks = torch.zeros(8, *size[::-1], dtype=torch.long, device=where)
     for _ in range(12):  # the first two are to warm up
         start = time.perf_counter()
         loss = cross_entropy(forward(model, images, device.precision_rule(where)), masks)

@@ -90,9 +90,8 @@ def judge_ids(split: str, layout: Layout, class_set: ClassSet, ids: dict[int, in
         said.append(f"no pixel of {', '.join(absent)}")
     if void > total / 2:
         said.append(f"{void / total:.0%} of the pixels are void")
-    said += [
-        f"{pixels / total:.1%} of the pixels are {name}" for name, pixels in per_class.items() if pixels > 0.95 * total
-    ]
+    most = [(name, pixels / total) for name, pixels in per_class.items() if pixels > 0.95 * total]
+    said += [f"{share:.1%} of the pixels are {name}" for name, share in most]
     return said
 
 
@@ -103,14 +102,11 @@ def judge_pairs(fits: list[tuple[float, float, int]], skies: list[float]) -> lis
         middle = np.median(places[:, :2], axis=0)
         together = (np.abs(places[:, :2] - middle).max(axis=1) <= 1).mean()
         if together < 0.3:
-            said.append(
-                f"image and mask have their edges in common in {together:.0%} of {len(places)} pairs: are they pairs?"
-            )
+            said.append(f"image and mask share their edges in {together:.0%} of {len(places)} pairs: are they pairs?")
         elif np.abs(middle).max() >= 2:
             x, y = middle * places[0, 2]
-            said.append(
-                f"in {together:.0%} of {len(places)} pairs the mask fits when moved by {x:+.0f}, {y:+.0f} pixels"
-            )
+            share = f"{together:.0%} of {len(places)} pairs"
+            said.append(f"in {share} the mask fits when moved by {x:+.0f}, {y:+.0f} pixels")
     if len(skies) >= 4 and np.mean(np.array(skies) < 0) > 0.7:
         said.append(f"in {np.mean(np.array(skies) < 0):.0%} of the images the sky is more red than blue: are they BGR?")
     return said
@@ -143,7 +139,6 @@ def judge_frames(pattern: str | None, stems: dict[str, list[str]]) -> list[str]:
     for clip, splits in clips.items():
         for split in splits.keys() - {"train"} if "train" in splits else ():
             gap = min(np.abs(np.array(splits["train"]) - frame).min() for frame in splits[split])
-            said.append(
-                f"{split} and train share the clip {clip}: their nearest frames are {gap} apart ({gap / 30:.1f} s)"
-            )
+            apart = f"{gap} apart ({gap / 30:.1f} s)"
+            said.append(f"{split} and train share the clip {clip}: their nearest frames are {apart}")
     return said

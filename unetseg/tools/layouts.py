@@ -259,9 +259,7 @@ class ImagePairs(Layout):
             splits = {split: (files, files) for split, files in splits.items() if files.by_stem}
             stems = [stem for files, _ in splits.values() for stem in files.by_stem]
             if stems and all(stem.isdigit() for stem in stems) and self.looks_right(splits):
-                notes = [
-                    "labels are decoded from JPEG colours: exact inside regions, void where colours blend at edges"
-                ]
+                notes = ["labels are decoded from JPEG colours: exact inside regions, void where colours blend"]
                 yield DataSet(self, path, splits, [*notes, "the photos were squashed to 256x256 by their publisher"])
 
     def looks_right(self, splits):
@@ -493,10 +491,8 @@ def decode(rgb: np.ndarray, colours: dict, path: Path) -> np.ndarray:
     ids = look_up(rgb, colours)
     if (unknown := ids == VOID_COLOUR).any():
         found = np.unique(rgb[unknown].reshape(unknown.sum(), -1), axis=0)
-        raise BadFile(
-            f"{path}: expected colours of the class table, found {found[:3].tolist()}"
-            f"{' and others' if len(found) > 3 else ''} ({unknown.mean():.1%} of the pixels)"
-        )
+        shown = f"{found[:3].tolist()}{' and others' if len(found) > 3 else ''} ({unknown.mean():.1%} of the pixels)"
+        raise BadFile(f"{path}: expected colours of the class table, found {shown}")
     return ids
 
 
@@ -561,9 +557,8 @@ def describe(tree: Tree) -> str:
     """What lies in a tree that no layout matches, and what the layout nearest to it expects."""
     holds = {path: next((n for n in names if ANY_PICTURE.search(n)), "") for path, (_, names) in tree.items()}
     shown = [path for path, name in holds.items() if name][:6]
-    there = [
-        f"{p.relative_to(tree.root)}/ with {len(tree[p][1])} files like {picture_facts(p / holds[p])}" for p in shown
-    ]
+    facts = {path: f"{len(tree[path][1])} files like {picture_facts(path / holds[path])}" for path in shown}
+    there = [f"{path.relative_to(tree.root)}/ with {fact}" for path, fact in facts.items()]
     zipped = [path / name for path, (_, names) in tree.items() for name in names if ARCHIVE.search(name)]
     if zipped and not there:
         return f"{zipped[0]}: expected folders of pictures, found an archive ({len(zipped)} in all); unpack it"

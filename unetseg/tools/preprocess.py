@@ -181,10 +181,8 @@ def make(pair: Pair, contents: list[bytes], source: tuple[int, ...], task: Task)
             raise BadFile(f"{pair.labels}: expected the image's size {sizes[0]}, found {sizes[1]}")
         histogram, ids = count_ids(labels), shrink_mask(labels, recipe.size)
         check_ids(histogram, task.class_set, pair.labels)
-        mask, counts = (
-            task.class_set.lookup[ids],
-            [count_classes(h, task.class_set) for h in (histogram, count_ids(ids))],
-        )
+        mask = task.class_set.lookup[ids]
+        counts = [count_classes(h, task.class_set) for h in (histogram, count_ids(ids))]
         write_array(mask_path, lambda buffer: Image.fromarray(mask).save(buffer, format="PNG"))
         by_id = {str(id_): int(histogram[id_]) for id_ in np.flatnonzero(histogram)}
         record = replace(record, full_resolution=counts[0], resized=counts[1], ids=by_id)
@@ -520,9 +518,7 @@ def choose_classes(data_set: DataSet, asked: str | None) -> ClassSet:
         raise UserError(f"--classes: expected {fitting} for {data_set.root}, found {asked}")
     class_set = read_class_file(Path(asked) if asked else own)
     if class_set.palette and names:
-        raise UserError(
-            f"{asked}: expected ids for each class, as labels of {data_set.layout.name} have them, found colours"
-        )
+        raise UserError(f"{asked}: expected ids for each class, as {data_set.layout.name} has them, found colours")
     return class_set
 
 
