@@ -19,7 +19,7 @@ AROUND = ["__init__", "__main__", "images", "inference", "tracking", "plots", "f
 BUDGETS = {  # lines, docstrings and comments included, blank ones not
     "the sitting": ([f"unetseg/{name}.py" for name in SITTING], 1452),
     "around it": ([f"unetseg/{name}.py" for name in AROUND], 819),
-    "evaluation": (["unetseg/evaluation/*.py"], 737),
+    "evaluation": (["unetseg/evaluation/*.py"], 729),
     "tools": (["unetseg/tools/*.py"], 1763),
     "notebooks": (["notebooks/*.py"], 300),
     "the script": (["preprocessing/*.py"], 20),

@@ -7,17 +7,17 @@ from torch import Tensor
 from .classes import IGNORE_INDEX
 
 
-def confusion_matrices(pred: Tensor, mask: Tensor, num_classes: int) -> Tensor:
+def confusion_matrices(pred: Tensor, mask: Tensor, num_classes: int, kept: Tensor | None = None) -> Tensor:
     """Pixel counts per image, truth x prediction, with void as the last row: (N, C + 1, C) int64.
 
     pred  (N, ...) integer class ids 0..C-1
-    mask  (N, ...) class ids 0..C-1 or IGNORE_INDEX, same shape
+    mask  (N, ...) class ids 0..C-1 or IGNORE_INDEX, same shape; so is kept, bool: the pixels to count (default: all)
     """
     cells = (num_classes + 1) * num_classes
     truth = mask.long().where(mask != IGNORE_INDEX, num_classes)
     image = torch.arange(len(mask), device=mask.device).view(-1, *[1] * (mask.dim() - 1))
     cell = image * cells + truth * num_classes + pred
-    counts = torch.bincount(cell.flatten(), minlength=len(mask) * cells)
+    counts = torch.bincount(cell.flatten() if kept is None else cell[kept], minlength=len(mask) * cells)
     return counts.reshape(len(mask), num_classes + 1, num_classes)
 
 

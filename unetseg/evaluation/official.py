@@ -12,7 +12,8 @@ from ..files import UserError, exclusive, read_bytes, write_json
 from ..images import read_png
 from ..inference import best_model, predict, write_png
 from ..processed import pair_paths, read_stats
-from ..tools.layouts import DataSet, find_data
+from ..tools.layouts import TRAIN_IDS, DataSet, find_data
+from ..tools.preprocess import shrink_mask
 from .results import number, read_results
 
 NINETEEN = CLASS_SETS["cityscapes19"]
@@ -44,7 +45,7 @@ def score_officially(run: Path, processed: Path, out: Path, split: str | None = 
             pred = to_id[predict(model, image, (about["width"], about["height"]))]
             mask = read_png(pair_paths(processed, folder, stem)[1], "L")
             counts += count(truth, pred)
-            ceiling += count(truth, to_id[upsampled(mask, truth.shape)])
+            ceiling += count(truth, to_id[shrink_mask(mask, truth.shape[::-1])])
             files.append((out / f"{stem}_pred_labelIds.png", pairs[name].labels))
             write_png(files[-1][0], pred)
     found = scores(counts, class_set) | {"ceiling": scores(ceiling, class_set), "images": len(files)}
@@ -70,7 +71,7 @@ def label_ids(class_set: ClassSet) -> np.ndarray:
     """Class id -> label id (256,) uint8 to be written; 0 (unlabeled) for what has none, such as background."""
     table = np.zeros(256, np.uint8)
     if class_set.names == NINETEEN.names:
-        table[:19] = [np.flatnonzero(NINETEEN.lookup == c)[0] for c in range(19)]
+        table[:19] = TRAIN_IDS[:19]
     elif class_set.names == CLASS_SETS["cityscapes7"].names:
         ids = HONEST | {"person": 24, "vehicle": 26}
         table[: len(class_set)] = [ids.get(name, 0) for name in class_set.names]
@@ -82,12 +83,6 @@ def label_ids(class_set: ClassSet) -> np.ndarray:
 def read_raw(data_set: DataSet, pair) -> tuple[np.ndarray, np.ndarray]:
     image = data_set.layout.read_image(pair.image, read_bytes(pair.image))
     return image, data_set.layout.read_labels(pair.labels, read_bytes(pair.labels), NINETEEN)
-
-
-def upsampled(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A mask (h, w) at the size of the labels (H, W), as a perfect prediction would be: by nearest pixel centres."""
-    rows, cols = ((2 * np.arange(n) + 1) * side // (2 * n) for n, side in zip(shape, mask.shape))
-    return mask[rows[:, None], cols]
 
 
 def count(truth: np.ndarray, pred: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Occluders and common corruptions, drawn from the names of the images alone: docs/occlusion.md defines them.
+"""Occluders and common corruptions, decided by names, masks and order of the images: docs/occlusion.md defines them.
 
 An occluder covers a share of one image; scores are taken on the visible, the covered and all pixels. What is underneath
 keeps its class, so the covered pixels say what the network infers.
@@ -13,12 +13,11 @@ import torch
 from tqdm import tqdm
 
 from .. import checkpoint, commit, plots
-from ..classes import IGNORE_INDEX
 from ..data import SegmentationSet, load_split
 from ..files import UserError, write_json
 from ..images import cv2
 from ..inference import best_model
-from ..metrics import miou, under_rule
+from ..metrics import confusion_matrices, miou, under_rule
 from ..processed import scored_split
 from ..train import forward
 from .compare import difference, time_blocks
@@ -62,7 +61,7 @@ def rectangle(share: float, middle: tuple[float, float], aspect: float, shape: t
 
 
 def occlude(dataset: SegmentationSet, row: int, kind: str, share: float, aimed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Image `row` with an occluder (H, W, 3) uint8, and the covered pixels (H, W) bool; decided by its name alone."""
+    """Image `row` with an occluder (H, W, 3) uint8, and the covered pixels (H, W) bool; the same every time."""
     image, mask = dataset.images[row].cpu().numpy(), dataset.masks[row].cpu().numpy()
     stem = dataset.split.images[row]
     rng = generator(stem, kind, share, "aimed" if aimed else "anywhere")
@@ -81,12 +80,11 @@ def occlude(dataset: SegmentationSet, row: int, kind: str, share: float, aimed: 
     other = dataset.images[(row + 1 + int(rng.integers(max(1, len(dataset) - 1)))) % len(dataset)].cpu().numpy()
     textures: dict[str, Callable[[], np.ndarray]] = {
         "flat": lambda: np.broadcast_to(colour, image.shape),
-        "disc": lambda: np.broadcast_to(colour, image.shape),
         "noise": lambda: rng.integers(0, 256, image.shape, dtype=np.uint8),
         "patch": lambda: other,
         "stripes": lambda: np.where((np.arange(mask.shape[1]) // 8 % 2)[None, :, None] > 0, colour, 255 - colour),
     }
-    return np.where(covered[..., None], textures[kind](), image).astype(np.uint8), covered
+    return np.where(covered[..., None], textures["flat" if kind == "disc" else kind](), image).astype(np.uint8), covered
 
 
 def paste(
@@ -134,11 +132,8 @@ def predict_all(model: torch.nn.Module, images: np.ndarray, batch: int = 8) -> n
 
 def counts(preds: np.ndarray, masks: np.ndarray, number: int, kept: np.ndarray | None = None) -> np.ndarray:
     """(N, C + 1, C) pixels, truth x prediction with void last, of the kept ones (N, H, W) bool."""
-    cells = np.where(masks == IGNORE_INDEX, number, masks).astype(np.int64) * number + preds
-    size = (number + 1) * number
-    kept = np.ones(masks.shape, bool) if kept is None else kept
-    rows = [np.bincount(cell[keep], minlength=size) for cell, keep in zip(cells, kept)]
-    return np.stack(rows).reshape(-1, number + 1, number)
+    kept = None if kept is None else torch.from_numpy(kept)
+    return confusion_matrices(torch.from_numpy(preds), torch.from_numpy(masks), number, kept).numpy()
 
 
 def pooled(found: np.ndarray, void: str) -> float | None:

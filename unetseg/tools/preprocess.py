@@ -81,7 +81,7 @@ class Record:
 
 
 def shrink_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Take the source pixel under each target pixel's centre (OpenCV's INTER_NEAREST takes the top-left one)."""
+    """A mask at another size: the source pixel under each target pixel's centre (INTER_NEAREST takes the top-left)."""
     (height, width), (out_width, out_height) = mask.shape, size
     rows = (2 * np.arange(out_height) + 1) * height // (2 * out_height)
     cols = (2 * np.arange(out_width) + 1) * width // (2 * out_width)
