@@ -70,7 +70,7 @@ def passes(plain: bool, batch: int) -> Callable[[], None]:
 
 def measure(home: Path) -> list[Row]:
     run, paths = trained(home), photographs(home)
-    model, _ = inference.best_model(run)
+    model, _ = inference.trained_model(run)
     precision = device.precision_rule(next(model.parameters()).device)
 
     def whole() -> float:

@@ -466,7 +466,7 @@ def test_predict_reports_a_picture_that_cannot_be_resized_and_does_the_rest(made
 
 
 def test_predictions_are_the_argmax_of_the_upsampled_logits(made):
-    model, about = inference.best_model(made / "scratch")
+    model, about = inference.trained_model(made / "scratch")
     image = np.random.default_rng(0).integers(0, 256, (128, 256, 3), dtype=np.uint8)
     pred = inference.predict(model, image, (about["width"], about["height"]))
     small = torch.from_numpy(inference.shrink(image, (64, 32))).permute(2, 0, 1)[None] / 255

@@ -35,7 +35,7 @@ from unetseg.settings import (
     ({"loss": "focal"}, "loss: expected one of ce, ce_dice, dice; found 'focal'"),
     ({"model": "segformer"}, "model: expected one of unet; found 'segformer'"),
     ({"void": "none"}, "void: expected one of ignore, background; found 'none'"),
-    ({"stage": "tuning"}, "stage: expected one of scratch, weighted_ce, ce_dice; found 'tuning'"),
+    ({"stage": "tuning"}, "stage: expected one of scratch, weighted_ce, ce_dice, published; found 'tuning'"),
     ({"batch_size": None}, "batch_size: expected a whole number"),
     ({"data": 3}, "data: expected a text; found 3"),
 ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""python -m unetseg preprocess | scenes | train | resume | evaluate | compare | predict | classes | doctor"""
+"""python -m unetseg preprocess | scenes | train | resume | evaluate | compare | plan | predict | classes | doctor"""
 
 import os
 import signal
@@ -20,6 +20,8 @@ from .files import UserError
 from .settings import KNOBS, Settings, SettingsError, add_flags, complete
 from .tools import parse_size, whole_number
 
+SPLITS = ("test", "val", "val_all", "train", "fold0", "fold1", "fold2", "fold3")
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m unetseg", description="Street-scene segmentation with a U-Net.")
@@ -40,6 +42,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER")
     add("--out", type=Path, required=True)
     add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto", help="auto: by rule for the device")
+    add = commands.add_parser("plan", help="train and score the rows of a plan, or go on with it").add_argument
+    add("plan", type=Path, metavar="PLAN.toml")
+    add("--data", type=Path, required=True, help="processed folder")
+    add("--out", type=Path, required=True, help="folder of the runs")
+    add("--results", type=Path, help="folder of the small results files (OUT/results)")
+    add("--max-minutes", type=float, help="stop in time, with everything saved")
     add = commands.add_parser("classes", help="write a first class file for one's own images and masks").add_argument
     add("folder", type=Path, help="with a folder of images and one of masks")
     add("--out", type=Path, help="default: classes.toml in the folder")
@@ -52,14 +60,14 @@ def add_evaluation(commands: argparse._SubParsersAction) -> None:
     add = commands.add_parser("evaluate", help="score a run, write results_<split>.json").add_argument
     add("run", type=Path)
     add("--data", type=Path, required=True, help="processed folder")
-    add("--split", choices=("test", "val", "val_all", "train"), help="default: test, or val where there is none")
+    add("--split", choices=SPLITS, help="default: the run's fold; else test, or val where there is none")
     add("--official", type=Path, metavar="OUT", help="also as Cityscapes' benchmark scores; predictions go to OUT")
     add("--raw", type=Path, help="for --official: the raw data, where they have moved")
     add("--robustness", action="store_true", help="also under occluders and common corruptions")
     add = commands.add_parser("compare", help="whether scored runs differ, with intervals").add_argument
     add("base", type=Path, nargs="+", metavar="RUN", help="the base: one run, or the seeds of one recipe")
     add("--to", type=Path, nargs="+", action="append", required=True, metavar="RUN", help="runs to compare; repeatable")
-    add("--split", choices=("test", "val", "val_all", "train"))
+    add("--split", choices=SPLITS)
 
 
 def listen() -> None:
@@ -85,6 +93,8 @@ def train(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in KNOBS if getattr(args, name, None) is not None}
     if args.command == "resume":
         given = complete(checkpoint.read_config(args.run)["settings"]) | {"out": args.run}
+    elif os.environ.get("WANDB_SWEEP_ID"):  # each trial of a sweep has a folder of its own
+        given["out"] = Path(given["out"], os.environ["WANDB_RUN_ID"])
     say(f"{run.summary(run.train(Settings(**given)))}; see {given['out']}")
     return 0
 
@@ -150,8 +160,17 @@ def classes(args: argparse.Namespace) -> int:
     return 0
 
 
+def plan(args: argparse.Namespace) -> int:
+    from .tools.plan import plan_table, run_plan
+
+    listen()
+    summary = run_plan(args.plan, args.data, args.out, args.results or args.out / "results", args.max_minutes)
+    say(plan_table(summary))
+    return 0
+
+
 COMMANDS = {"train": train, "resume": train, "scenes": scenes, "evaluate": evaluate, "predict": predict}
-COMMANDS |= {"compare": compare, "classes": classes, "doctor": doctor}
+COMMANDS |= {"compare": compare, "classes": classes, "plan": plan, "doctor": doctor}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from .model import build_model
 from .settings import FREE, INHERITED, Settings, check, complete
 
 WEIGHTS, CONFIG, HISTORY, STATE = "model.safetensors", "config.json", "history.csv", "state.pt"
-FORMAT = 2  # of config.json, state and weights; weights of format 1 are still read
+FORMAT = 3  # of config.json, state and weights; weights of formats 1 and 2 are still read
 
 
 def identity(config: dict) -> dict:
@@ -35,13 +35,15 @@ def differences(there: dict, here: dict) -> list[str]:
     return [f"  {key}: {reprlib.repr(there.get(key))} there, {reprlib.repr(here[key])} here" for key in changed]
 
 
-def save_weights(run: Path, best: dict, config: dict) -> None:
-    """Write the best weights as safetensors; all metadata is one JSON text: the same run gives the same bytes."""
+def save_weights(run: Path, weights: dict, progress: dict, config: dict) -> None:
+    """Write weights as safetensors; all metadata is one JSON text: the same run gives the same bytes.
+
+    progress  epoch (finished ones), step (of the one begun), val_miou (None before the first epoch's end)
+    """
     about = {"format": FORMAT, **identity(config), **{key: config[key] for key in ("colours", "people", "cycles")}}
-    about |= {"epoch": best["epoch"], "val_miou": best["val_miou"]}
-    tensors = {key: value.contiguous() for key, value in best["weights"].items()}
+    tensors = {key: value.to("cpu").contiguous() for key, value in weights.items()}
     with atomic_open(run / WEIGHTS, durable=True) as file:
-        file.write(safetensors.torch.save(tensors, {"unetseg": json.dumps(about, sort_keys=True)}))
+        file.write(safetensors.torch.save(tensors, {"unetseg": json.dumps(about | progress, sort_keys=True)}))
 
 
 def weights_path(run_or_weights: Path) -> Path:
@@ -59,8 +61,8 @@ def weights_sha256(run_or_weights: Path) -> str:
 
 
 def read_about(run_or_weights: Path) -> dict:
-    """What weights were trained with: their run's `identity`, epoch and val_miou. Raises UserError for a damaged file,
-    and for weights that lie in the folder of another run."""
+    """What weights were trained with: their run's `identity`, and how far (`save_weights`). Raises UserError for a
+    damaged file, and for weights that lie in the folder of another run."""
     path = weights_path(run_or_weights)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -80,6 +82,12 @@ def read_about(run_or_weights: Path) -> dict:
         if changed := differences(about, identity(config) | {"cycles": cycles}):
             raise UserError("\n".join([f"{path}: these weights are from another run than {CONFIG}:", *changed]))
     return about
+
+
+def unfinished(about: dict) -> str:
+    """How far training had come when these weights were saved, in words; "" when it was done."""
+    planned = about["cycles"][-1] if about["format"] == FORMAT else 0
+    return f"{about['epoch']} of {planned} epochs" if about["epoch"] < planned else ""
 
 
 def load_model(run_or_weights: Path) -> tuple[nn.Module, dict]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from . import distributed
@@ -41,15 +42,18 @@ class SegmentationSet:
         """Width and height."""
         return self.images.shape[2], self.images.shape[1]
 
-    def batch(self, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Images (N, 3, H, W) float32 in [0, 1] and masks (N, H, W) int64 of these indices, on `device`. A GPU with
-        room for four times as much keeps the whole split."""
+    def batch(self, indices: Tensor, device: torch.device, shrink: int = 1) -> tuple[Tensor, Tensor]:
+        """Images (N, 3, H, W) float32 in [0, 1] and masks (N, H, W) int64 of these indices, on `device`, shrunk by
+        area averaging and by the pixel under each centre. A GPU with room for four times as much keeps the split."""
         needed = 4 * (self.images.nbytes + self.masks.nbytes)
         if device.type == "cuda" and not self.images.is_cuda and torch.cuda.mem_get_info(device)[0] > needed:
             self.images, self.masks = self.images.to(device), self.masks.to(device)
         indices = indices.to(self.images.device)
         images, masks = self.images[indices].to(device), self.masks[indices].to(device)
-        return images.permute(0, 3, 1, 2) / 255, masks.long()
+        images = images.permute(0, 3, 1, 2) / 255
+        if shrink == 1:
+            return images, masks.long()
+        return F.avg_pool2d(images, shrink), masks[:, shrink // 2 :: shrink, shrink // 2 :: shrink].long()
 
 
 def load_split(processed: Path, name: str, void: str = "ignore") -> SegmentationSet:
@@ -88,13 +92,15 @@ def load_split(processed: Path, name: str, void: str = "ignore") -> Segmentation
 
 @dataclass
 class Batches:
-    """The batches of a data set: in order as they are or, with `settings`, shuffled and augmented. Of several processes
-    each gets its share of every batch, which may be empty at the end of an epoch."""
+    """The batches of a data set: in order as they are or, with `settings`, shuffled and augmented, the first
+    `half_epochs` epochs at half the size. Of several processes each gets its share of every batch, which may be empty
+    at the end of an epoch."""
 
     dataset: SegmentationSet
     batch_size: int
     device: torch.device
     settings: Settings | None = None
+    half_epochs: int = 0
 
     def __post_init__(self) -> None:
         if self.settings:
@@ -106,6 +112,7 @@ class Batches:
     def epoch(self, number: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Images, masks and indices (N,) of each batch of an epoch, from batch `start` on."""
         total, settings, steps = len(self.dataset), self.settings, []
+        shrink = 2 if settings and number <= self.half_epochs else 1
         order = torch.arange(total)
         if settings:
             order = torch.randperm(total, generator=stream("order", settings.seed, number))
@@ -114,11 +121,11 @@ class Batches:
                 steps.append((function, table, named_by(function, vars(settings))))
         for first in range(start * self.batch_size, total, self.batch_size):
             indices = distributed.share(order[first : first + self.batch_size])
-            images, masks = self.dataset.batch(indices, self.device)
+            images, masks = self.dataset.batch(indices, self.device, shrink)
             for function, table, knobs in steps if len(indices) else ():
                 draws = dict(zip(function.draws, table[indices].to(self.device).unbind(1), strict=True))
-                aims = self.boxes[indices].to(self.device), self.num_boxes[indices].to(self.device)
-                source = Source(*aims, lambda draw: self.dataset.batch((draw * total).long(), self.device)[0])
+                aims = (self.boxes[indices] / shrink).to(self.device), self.num_boxes[indices].to(self.device)
+                source = Source(*aims, lambda draw: self.dataset.batch((draw * total).long(), self.device, shrink)[0])
                 images, masks = function(images, masks, draws, source, **knobs)
             yield images, masks, indices
 

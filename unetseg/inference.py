@@ -23,7 +23,7 @@ OUTPUT = ("ids", "colour", "overlay")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
-def best_model(run_or_weights: Path) -> tuple[nn.Module, dict]:
+def trained_model(run_or_weights: Path) -> tuple[nn.Module, dict]:
     """The trained network, ready to predict on the best device, and what it was trained with."""
     model, about = checkpoint.load_model(run_or_weights)
     return model.to(pick_device(), memory_format=torch.channels_last).eval(), about
@@ -71,7 +71,7 @@ def predict_files(
 
     Writes out/ids/<stem>.png (class ids), out/colour/<stem>.png and out/overlay/<stem>.png at the input's own size.
     """
-    model, about = best_model(run_or_weights)
+    model, about = trained_model(run_or_weights)
     class_set, size = stored(about), (about["width"], about["height"])
     precision = precision_rule(next(model.parameters()).device) if precision == "auto" else precision
     paths, problems = find_images(inputs, out)

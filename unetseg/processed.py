@@ -3,6 +3,7 @@
 import hashlib
 import io
 import math
+import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from .files import UserError, read_bytes, read_json
 from .images import cv2, read_png
 
 FORMAT = 2  # of stats_<split>.json
+FOLDS, GAP = 4, 10  # parts of train, each held out in turn; seconds between a part and what is trained on
+CITYSCAPES, CAMVID = r"([a-z-]+)_(\d{6})_(\d{6})", r"(\d{4}[A-Z]\w|Seq\w+)_f?(\d+)"
 
 
 class NoSplit(UserError):
@@ -41,26 +44,64 @@ class Split:
         return hashlib.sha256(repr(sorted(self.checked.items())).encode()).hexdigest()
 
 
+def moment(stem: str) -> tuple[str, float] | None:
+    """The clip of an image and its second there, by its name; None where the name tells no time. Cityscapes' cities are
+    one long clip (17 frames a second) or sequences of 30 frames, of which neighbouring numbers are neighbours."""
+    if (match := re.fullmatch(CITYSCAPES, stem)) and match[1] != "drawn":
+        alone = match[3] == "000019"
+        return (match[1], int(match[2]) * 30 / 17) if alone else (match[1] + match[2], int(match[3]) / 17)
+    match = re.fullmatch(CAMVID, stem)
+    return (match[1], int(match[2]) / 30) if match else None
+
+
+def hold_out(stems: list[str], part: int, parts: int) -> tuple[list[str], list[str], bool]:
+    """The stems of one of `parts` equal parts, those to train on without it, and whether the names tell time.
+
+    A part is a stretch of every clip, and frames within GAP seconds of it are left out of training: neighbouring
+    frames are nearly the same picture. Clips too short for that go to a part as a whole. Where names tell no time, the
+    parts are drawn at random, with a fixed seed.
+    """
+    moments = [moment(stem) for stem in stems]
+    if None in moments:
+        chosen = np.random.RandomState(42).permutation(len(stems)) * parts // len(stems) == part
+        return *([s for s, held in zip(stems, chosen) if held == wanted] for wanted in (True, False)), False
+    clips: dict[str, list[tuple[float, str]]] = {}
+    for (clip, second), stem in sorted(zip(moments, stems)):
+        clips.setdefault(clip, []).append((second, stem))
+    held, kept = [], []
+    for number, frames in enumerate(clips.values()):
+        if frames[-1][0] - frames[0][0] < parts * GAP:
+            (held if number % parts == part else kept).extend(stem for _, stem in frames)
+            continue
+        inside = [frame for place, frame in enumerate(frames) if place * parts // len(frames) == part]
+        held += [stem for _, stem in inside]
+        kept += [stem for t, stem in frames if not inside[0][0] - GAP < t < inside[-1][0] + GAP]
+    return held, kept, True
+
+
 def find_split(processed: Path, name: str) -> Split:
-    """The files of "train", "val", "test" or "val_all". Raises NoSplit.
+    """The files of "train", "val", "test" or "val_all", or of "fold<k>" and "not_fold<k>": a quarter of train, and
+    what is trained on to be scored there. Raises NoSplit.
 
     Where val is halved (Cityscapes), test and val are cut as scikit-learn's train_test_split(indices, test_size=0.5,
-    random_state=42) does (first half returned = test). Without a val folder, a seeded fifth of train is held out.
+    random_state=42) does (first half returned = test). Without a val folder, a fifth of train is held out.
     """
     has_val = (processed / "stats_val.json").is_file()
     halved = has_val and read_stats(processed, "val")["val_is_halved"]
+    fold = re.fullmatch(rf"(not_)?fold([0-{FOLDS - 1}])", name)
     folder = "val" if name == "val_all" or (halved and name == "test") else name
-    folder = "train" if name == "val" and not has_val else folder
+    folder = "train" if fold or (name == "val" and not has_val) else folder
     if not (processed / f"stats_{folder}.json").is_file():
         hint = "" if list(processed.glob("stats_*.json")) else "; is this a processed folder? Run preprocessing first"
         raise NoSplit(f"{processed}: expected the split {name!r}, found no stats_{folder}.json{hint}")
     files = read_stats(processed, folder)["files"]
     stems, note = sorted(files), f"all {len(files)} {folder} images"
-    if name in ("train", "val") and not has_val:
-        chosen = np.random.RandomState(42).permutation(len(stems))[: max(1, round(len(stems) / 5))].tolist()
-        kept = [stem for place, stem in enumerate(stems) if (place in chosen) == (name == "val")]
-        note = f"{len(kept)} of {len(stems)} train images: no val split, so a fifth of train is held out as val"
-        stems = kept
+    if fold or (name in ("train", "val") and not has_val):
+        held, kept, timed = hold_out(stems, int(fold[2]), FOLDS) if fold else hold_out(stems, 0, 5)
+        share = f"fold {fold[2]} of {FOLDS}" if fold else "no val split, so a fifth of train is held out as val"
+        how = f"whole stretches of time, {GAP} s apart from training" if timed else "at random"
+        number, stems = len(stems), kept if name == "train" or name.startswith("not") else held
+        note = f"{len(stems)} of {number} train images: {share} ({how})"
     elif halved and name in ("val", "test"):
         shuffled, num_val = np.random.RandomState(42).permutation(len(stems)), -(-len(stems) // 2)
         half = shuffled[:num_val] if name == "val" else shuffled[num_val:]
@@ -69,6 +110,11 @@ def find_split(processed: Path, name: str) -> Split:
     if not stems:
         raise NoSplit(f"{processed}: too few images for the split {name!r}; found {len(files)} in {folder}")
     return Split(name, folder, {stem: files[stem]["crc32"] for stem in stems}, note)
+
+
+def training_splits(fold: int | None) -> tuple[str, str]:
+    """The names of what a run is trained on, and of what its val scores are taken on."""
+    return ("train", "val") if fold is None else (f"not_fold{fold}", f"fold{fold}")
 
 
 def scored_split(processed: Path) -> str:

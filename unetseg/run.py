@@ -26,7 +26,7 @@ from .device import be_deterministic, device_name, pick_device, precision_rule
 from .files import UserError, exclusive, make_folder, write_json
 from .losses import LOSSES
 from .model import build_model
-from .processed import find_split, read_stats
+from .processed import find_split, read_stats, training_splits
 from .settings import INHERITED, Settings, SettingsError, named_by, with_preset
 from .tracking import Tracker, is_waiting
 from .train import State, Stopper, TrainingStopped, fit
@@ -58,7 +58,8 @@ def train(settings: Settings, log: Callable[[dict], None] | None = None, sets: S
             tqdm.write(f"{run.name} on {device_name(device)}: {config['settings']['precision']}", sys.stderr)
         model = initial_model(settings, config).to(device)
         check_smallest_batch(settings, model, train_set)
-        train_batches = Batches(train_set, settings.batch_size, device, settings)
+        half_epochs = round(settings.half_size * config["cycles"][0])
+        train_batches = Batches(train_set, settings.batch_size, device, settings, half_epochs)
         val_batches = Batches(val_set, settings.batch_size, device)
         loss_fn = loss_function(settings, train_set, device)
         state = State(model, run, config, len(train_batches), stopper)
@@ -83,14 +84,14 @@ def resolve(settings: Settings) -> Settings:
 
 def load_sets(settings: Settings) -> Sets:
     """The training set under the run's void rule, and the val set with void marked."""
-    data = Path(settings.data)
-    return load_split(data, "train", resolve(settings).void), load_split(data, "val")
+    data, (train, val) = Path(settings.data), training_splits(settings.fold)
+    return load_split(data, train, resolve(settings).void), load_split(data, val)
 
 
 def open_run(settings: Settings, sets: Sets | None = None) -> dict:
     """The config of the run folder: new, or the stored one with what may change in a resumed run. Raises UserError."""
     data, init = Path(settings.data), settings.init
-    splits = [s.split for s in sets] if sets else [find_split(data, name) for name in ("train", "val")]
+    splits = [s.split for s in sets] if sets else [find_split(data, name) for name in training_splits(settings.fold)]
     splits = dict(zip(("train", "val"), splits))
     stats, other = (read_stats(data, split.folder) for split in splits.values())
     if (stats["class_set"], stats["size"]) != (other["class_set"], other["size"]):
@@ -116,6 +117,7 @@ def merge_config(settings: Settings, facts: dict) -> dict:
     session = {"device": device_name(device), "torch": str(torch.__version__), "commit": commit()}
     config = {"format": checkpoint.FORMAT, "settings": asdict(settings), **facts}
     if not old:
+        refuse_unfinished(settings.init)
         return config | {"cycles": [settings.epochs], "sessions": [session]}
     if old["init_sha256"] != facts["init_sha256"] and old["settings"]["init"] == settings.init:
         said = "has other weights than when this run began; it goes on from its own"
@@ -136,28 +138,34 @@ def merge_config(settings: Settings, facts: dict) -> dict:
     return config | {"cycles": cycles, "sessions": sessions}
 
 
+def refuse_unfinished(init: str | None) -> None:
+    """Raise UserError when a run starts from the folder of an unfinished one; its weights file can be named instead."""
+    if init and Path(init).is_dir() and (progress := checkpoint.unfinished(checkpoint.read_about(Path(init)))):
+        advice = f"finish it, or start from its present weights by --init {Path(init) / WEIGHTS}"
+        raise UserError(f"{init}: expected a finished run, found {progress}; {advice}")
+
+
 def initial_model(settings: Settings, config: dict) -> nn.Module:
     """The network with random weights, or with those of `init`; says what is unusual about them."""
     if settings.init is None:
         torch.manual_seed(settings.seed)
         return build_model(asdict(settings), len(config["classes"]))
-    init, done, planned = Path(settings.init), 0, 0
-    model, about = checkpoint.load_model(init)
+    model, about = checkpoint.load_model(Path(settings.init))
     if about["classes"] != config["classes"]:
-        raise UserError(f"{init}: expected the classes {config['classes']}, found {about['classes']}")
+        raise UserError(f"{settings.init}: expected the classes {config['classes']}, found {about['classes']}")
     if about["void"] != settings.void:
-        warnings.warn(f'{init} was trained with void="{about["void"]}", this run uses "{settings.void}"', stacklevel=2)
-    if (init / CONFIG).is_file() and about["format"] == checkpoint.FORMAT:
-        done, planned = len(checkpoint.read_history(init)), checkpoint.read_config(init)["cycles"][-1]
-    if done < planned:
-        warnings.warn(f"{init} has {done} of {planned} epochs; its best weights so far are used", stacklevel=2)
+        said = f'was trained with void="{about["void"]}", this run uses "{settings.void}"'
+        warnings.warn(f"{settings.init} {said}", stacklevel=2)
+    if progress := checkpoint.unfinished(about):
+        warnings.warn(f"{settings.init} has {progress}; its present weights are used", stacklevel=2)
     return model
 
 
 def check_smallest_batch(settings: Settings, model: nn.Module, train_set: SegmentationSet) -> None:
     """Raise SettingsError when batch normalisation would get a single value per channel in some batch."""
-    last, (width, height) = len(train_set) % settings.batch_size or settings.batch_size, train_set.size
-    smallest = max(1, last // distributed.world())
+    last = len(train_set) % settings.batch_size or settings.batch_size
+    smallest, shrink = max(1, last // distributed.world()), 2 if settings.half_size else 1
+    width, height = (side // shrink for side in train_set.size)
     try:
         copy.deepcopy(model).to("meta").train()(torch.empty(smallest, 3, height, width, device="meta"))
     except ValueError as error:
@@ -175,11 +183,10 @@ def loss_function(settings: Settings, train_set: SegmentationSet, device: torch.
 
 
 def summary(history: list[dict]) -> str:
-    """The best epoch, in words."""
+    """The last epoch, in words."""
     if not history:
         return "no epoch is finished yet; run the same again to resume"
-    best = max(history, key=lambda row: row["val_miou"])
-    return f"best val mIoU {best['val_miou']:.4f} at epoch {best['epoch']:.0f} of {len(history)}"
+    return f"val mIoU {history[-1]['val_miou']:.4f} after {len(history)} epochs"
 
 
 def launch(settings: Settings, config: dict, log: Callable[[dict], None] | None) -> list[dict]:

@@ -12,12 +12,18 @@ from typing import get_args, get_origin, get_type_hints
 
 from .files import UserError
 
+RECIPE = {"loss": "ce", "weighting": "none", "occlusion": 0.0, "half_size": 0.0, "augment": ("occlude", "basic")}
+RECIPE |= {"schedule": "one_cycle", "weight_decay": 0.01}
+TUNING = RECIPE | {"epochs": 30, "lr": 1e-3, "weighting": "sqrt", "occlusion": 0.5}
 PRESETS = {  # a stage is a loss x an augmentation x a starting point; the two fine-tunings need `init`
-    "scratch": {"epochs": 100, "lr": 3e-3, "loss": "ce", "weighting": "none", "occlusion": 0.0},
-    "weighted_ce": {"epochs": 30, "lr": 1e-3, "loss": "ce", "weighting": "sqrt", "occlusion": 0.5},
-    "ce_dice": {"epochs": 30, "lr": 1e-3, "loss": "ce_dice", "weighting": "sqrt", "occlusion": 0.5},
+    "scratch": RECIPE | {"epochs": 100, "lr": 3e-3, "half_size": 0.75},
+    "weighted_ce": TUNING,
+    "ce_dice": TUNING | {"loss": "ce_dice"},
+    "published": RECIPE | {"epochs": 100, "lr": 1e-4, "schedule": "constant", "weight_decay": 0.0, "augment": ()},
 }
+PRESETS["published"] |= {"channels": 64, "depth": 3}  # the earlier public run of this plan; Adam, no augmentation
 TITLES = {"scratch": "from scratch, CE", "weighted_ce": "weighted CE + occlusion", "ce_dice": "CE + Dice + occlusion"}
+FINE_TUNINGS = ("weighted_ce", "ce_dice")
 INHERITED = {"model": "unet", "channels": 32, "depth": 4, "void": "ignore"}  # from `init`, or these defaults
 FREE = ("data", "out", "init", "epochs", "project", "max_minutes", "num_processes")  # may change when a run resumes
 
@@ -39,10 +45,13 @@ class Settings:
     data: str = knob("processed", "processed folder; in the notebooks also auto")
     out: str = knob("runs/scratch", "run folder")
     init: str | None = knob(None, "run folder or weights file to start from")
+    fold: int | None = knob(None, "quarter of train to hold out as val; training keeps 10 s away", low=0, high=3)
     epochs: int | None = knob(None, "passes over the training images", low=1, high=100_000)
     batch_size: int = knob(8, "images per step, over all processes", low=1, high=4096)
-    lr: float | None = knob(None, "peak learning rate of the one-cycle schedule", low=1e-12, high=100)
-    weight_decay: float = knob(0.01, "weight decay of AdamW", low=0, high=10)
+    half_size: float | None = knob(None, "share of the epochs that come first, at half the size", low=0, high=1)
+    lr: float | None = knob(None, "learning rate, the peak of one_cycle", low=1e-12, high=100)
+    schedule: str | None = knob(None, "learning rate over time", choices=("one_cycle", "constant"))
+    weight_decay: float | None = knob(None, "weight decay of AdamW", low=0, high=10)
     model: str | None = knob(None, "network", choices="model.MODELS")
     channels: int | None = knob(None, "width of the first level", low=1, high=1024)
     depth: int | None = knob(None, "number of downsamplings", low=1, high=8)
@@ -51,7 +60,7 @@ class Settings:
     loss: str | None = knob(None, "loss function", choices="losses.LOSSES")
     weighting: str | None = knob(None, "class weights from pixel frequencies", choices="data.WEIGHTINGS")
     dice_share: float = knob(0.5, "share of Dice in ce_dice; the rest is cross-entropy", low=0, high=1)
-    augment: tuple[str, ...] = knob(("occlude", "basic"), "augmentations, in order", choices="augment.AUGMENTATIONS")
+    augment: tuple[str, ...] | None = knob(None, "augmentations, in order", choices="augment.AUGMENTATIONS")
     occlusion: float | None = knob(None, "share of images with an occluder", low=0, high=1)
     aimed: float = knob(0.5, "share of occluders placed on an instance", low=0, high=1)
     aim_at: tuple[str, ...] | None = knob(None, "classes of those instances (default: people)")
@@ -111,7 +120,7 @@ def check(settings: Settings) -> Settings:
 
 def with_preset(settings: Settings) -> Settings:
     """Checked settings, with the preset's values where they are None. Raises SettingsError."""
-    if check(settings).stage != "scratch" and settings.init is None:
+    if check(settings).stage in FINE_TUNINGS and settings.init is None:
         raise SettingsError(f"{settings.stage} is a fine-tuning: name the run or weights it starts from with --init")
     preset = PRESETS[settings.stage].items()
     return replace(settings, **{name: value for name, value in preset if getattr(settings, name) is None})
@@ -137,10 +146,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         if kind(name) is bool:
             parser.add_argument(flag, action="store_true", default=None, help=text)
             continue
-        by_preset = ", ".join(str(preset[name]) for preset in PRESETS.values() if name in preset)
-        default = by_preset or INHERITED.get(name, declared.default)
+        default = INHERITED.get(name, declared.default)
+        values = [default] if default is not None else [preset[name] for preset in PRESETS.values() if name in preset]
+        default = ", ".join(dict.fromkeys(" ".join(v) if kind(name) is tuple else str(v) for v in values))
         text += f"; a name in {choices.replace('.', '.py, ')}" if isinstance(choices, str) else ""
-        text += f" ({' '.join(default) if kind(name) is tuple else default})" if default is not None else ""
+        text += f" ({default})" if default else ""
         allowed = choices if choices and not isinstance(choices, str) else None
         options = {"nargs": "*"} if kind(name) is tuple else {"type": kind(name), "choices": allowed}
         parser.add_argument(flag, **options, required=name in ("data", "out"), help=text)

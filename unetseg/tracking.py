@@ -15,14 +15,14 @@ from . import checkpoint
 from .classes import IGNORE_INDEX
 from .data import SegmentationSet
 from .files import UserError, read_json, write_json
-from .inference import best_model, predictions
+from .inference import predictions, trained_model
 from .metrics import scores, under_rule
 from .train import State
 
 LIMITS = {"init_timeout": 8, "finish_timeout": 6, "finish_timeout_raises": True}  # seconds that W&B may wait
 LIMITS |= {"x_transaction_log_flush_interval": 1}  # and until a row is on disk, whatever becomes of this process
 PICTURES, PICTURE_STEPS = 4, 25  # val images shown over time; training steps between two times at least
-RECORD = "wandb.json"  # in the run folder: W&B's id, how many epochs W&B has, and which best weights
+RECORD = "wandb.json"  # in the run folder: W&B's id, how many epochs W&B has, and which weights
 
 
 class Tracker:
@@ -30,7 +30,8 @@ class Tracker:
 
     def __init__(self, folder: Path, config: dict, val_set: SegmentationSet, state: State) -> None:
         self.folder, self.config, self.val_set, self.state, self.run = folder, config, val_set, state, None
-        self.record = {"id": secrets.token_hex(4), "epochs": 0, "best": None} | read_record(folder)
+        new = os.environ.get("WANDB_RUN_ID", "").strip() or secrets.token_hex(4)
+        self.record = {"id": new, "epochs": 0, "weights": None} | read_record(folder)
         self.every = max(1, config["cycles"][-1] // 10, -(-PICTURE_STEPS // state.steps_per_epoch))
 
     def __enter__(self) -> "Tracker":
@@ -76,7 +77,7 @@ class Tracker:
         """Tell W&B what the rows' axis is, which values count, and which weights the run started from."""
         self.run.define_metric("*", step_metric="epoch")
         for name in ("val/miou", "val/accuracy"):
-            self.run.define_metric(name, step_metric="epoch", summary="max")
+            self.run.define_metric(name, step_metric="epoch", summary="last")
         if online and self.config["init_sha256"]:
             stage = checkpoint.read_about(Path(self.config["settings"]["init"]))["stage"]
             with contextlib.suppress(Exception):  # the parent was logged elsewhere, or offline
@@ -98,44 +99,45 @@ class Tracker:
             if self.run:
                 pictures = {}
                 if row["epoch"] == 1 or row["epoch"] % self.every == 0:
-                    shown = predictions(self.state.model, self.val_set, PICTURES, self.state.precision)
+                    shown = predictions(self.state.average.module, self.val_set, PICTURES, self.state.precision)
                     pictures["val/pictures"] = overlays(*shown, self.config["classes"])
                 self.run.log(values(row) | pictures)
 
-    def log_best(self) -> None:
-        """Log what the best weights do on val (pictures, confusion matrix, scores), and the weights."""
+    def log_final(self) -> None:
+        """Log what the final weights do on val (pictures, confusion matrix, scores), and the weights."""
         import wandb
 
-        names, best, weights = self.config["classes"], self.state.best, self.folder / checkpoint.WEIGHTS
-        confusion, sha256 = best["confusion"].numpy(), checkpoint.weights_sha256(self.folder)
+        names, last, weights = self.config["classes"], self.state.history[-1], self.folder / checkpoint.WEIGHTS
+        confusion, sha256 = self.state.confusion.numpy(), checkpoint.weights_sha256(self.folder)
         counts = under_rule(confusion, self.state.void)
         rows = [[names[t], names[p], int(counts[t, p])] for t, p in np.ndindex(counts.shape)]
         table = wandb.Table(["Actual", "Predicted", "nPredictions"], rows)
         fields, columns = {key: key for key in table.columns}, ("iou", "precision", "recall", "f1")
         score = scores(confusion, names, self.state.void)["classes"]
-        logged = {"best/pictures": overlays(*predictions(best_model(self.folder)[0], self.val_set, PICTURES), names)}
+        shown = predictions(trained_model(self.folder)[0], self.val_set, PICTURES)
+        logged = {"final/pictures": overlays(*shown, names)}
         title = {"title": "val, pixels"}
-        logged["best/confusion"] = wandb.plot_table("wandb/confusion_matrix/v1", table, fields, title)
+        logged["final/confusion"] = wandb.plot_table("wandb/confusion_matrix/v1", table, fields, title)
         rows = [[name, *(found[key] for key in columns)] for name, found in score.items()]
-        logged["best/classes"] = wandb.Table(["class", *columns], rows)
-        facts = {"epoch": best["epoch"], "val_miou": best["val_miou"], "sha256": sha256}
+        logged["final/classes"] = wandb.Table(["class", *columns], rows)
+        facts = {"epoch": last["epoch"], "val_miou": last["val_miou"], "sha256": sha256}
         artifact = wandb.Artifact(f"unet-{self.config['settings']['stage']}", type="model", metadata=facts)
         artifact.add_file(str(weights))
 
         def send() -> None:  # tables and files ask the server first, which may not answer
             self.run.log(logged)
-            self.run.log_artifact(artifact, aliases=["best", alias(sha256)])
+            self.run.log_artifact(artifact, aliases=["final", alias(sha256)])
 
         bounded(6, send)
-        self.record["best"] = sha256
+        self.record["weights"] = sha256
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if not self.run:
             return
         failed, done = kind is not None and issubclass(kind, Exception), len(self.state.history)
         with print_problems(f"; to upload it later: {self.upload_command()}"):
-            if not failed and done == self.config["cycles"][-1] and self.state.best:
-                self.log_best()
+            if not failed and done == self.config["cycles"][-1]:
+                self.log_final()
         with print_problems(f"; to upload the rest later: {self.upload_command()}"):
             write_json(self.folder / RECORD, self.record | {"epochs": done})
             bounded(8, lambda: self.run.finish(int(failed)))
@@ -203,9 +205,9 @@ def read_record(folder: Path) -> dict:
 
 
 def is_waiting(folder: Path) -> bool:
-    """Whether W&B lacks the best weights of a finished run, because the process was killed before its last step."""
+    """Whether W&B lacks the weights of a finished run, because the process was killed before its last step."""
     record = read_record(folder)
-    return bool(record) and record.get("best") != checkpoint.weights_sha256(folder)
+    return bool(record) and record.get("weights") != checkpoint.weights_sha256(folder)
 
 
 def values(row: dict) -> dict:

@@ -1,7 +1,8 @@
-"""The training loop, read from top to bottom: `fit` alternates `train_one_epoch` and `evaluate` and keeps the best.
+"""The training loop, read from top to bottom: `fit` alternates `train_one_epoch` and `evaluate`.
 
-Everything that changes while training lies in one `State`, saved as one file after every epoch and every few minutes:
-a run that was stopped or killed resumes from it bit for bit.
+No epoch is chosen: a run's weights are the moving average of the trained ones, as it stands at the end. Everything that
+changes while training lies in one `State`, saved as one file after every epoch and every few minutes: a run that was
+stopped or killed resumes from it bit for bit.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from . import checkpoint, distributed
@@ -30,6 +32,7 @@ SAVE_SECONDS = 180.0  # of training that a kill may lose
 MAX_SKIPPED = 10  # steps in a row without a finite loss and gradient; fp16 needs some to find its loss scale
 LOOK_STEPS = 10  # between two looks at the loss on a GPU, which has to wait for them
 COLLAPSED = 0.99  # share of all predictions that one class may have
+AVERAGED = 2  # epochs that the moving average of the weights looks back
 
 
 class TrainingStopped(UserError):
@@ -81,7 +84,8 @@ class State:
     run, config    run folder, whose state is loaded, and its config.json; cycles there: last epoch of each schedule
     step, seconds  of the running epoch; `history` has a row per finished one
     sums           (4,) float64: loss x images, images, skipped steps in this epoch, and in a row
-    best           epoch, val_miou, weights and confusion (C + 1, C) of the best epoch so far, or None
+    average        exponential moving average of the weights, over about AVERAGED epochs
+    confusion      (C + 1, C) of the last val pass, which scores the average
     """
 
     def __init__(self, model: nn.Module, run: Path, config: dict, steps_per_epoch: int, stopper: Stopper) -> None:
@@ -95,13 +99,16 @@ class State:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.lr, fused=True, **decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]  # of BatchNorm
-        self.saved, self.cost, self.written = time.monotonic(), 0.0, 0
-        zero = {"history": [], "step": 0, "seconds": 0.0, "best": None, "sums": torch.zeros(4, dtype=torch.float64)}
+        self.average = AveragedModel(self.model, use_buffers=True)
+        self.saved, self.cost = time.monotonic(), 0.0
+        zero = {"history": [], "step": 0, "seconds": 0.0, "confusion": None}
+        zero |= {"sums": torch.zeros(4, dtype=torch.float64)}
         saved = distributed.from_first(lambda: checkpoint.load_state(run, config)) or zero
-        self.history, self.step, self.seconds, self.best, self.sums = (saved[key] for key in zero)
+        self.history, self.step, self.seconds, self.confusion, self.sums = (saved[key] for key in zero)
         self.sums = self.sums.to(self.device)
         if saved is not zero:
             self.model.load_state_dict(saved["model"])
+            self.average.load_state_dict(saved["average"])
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": saved["moments"]})
             self.scaler.load_state_dict(saved["scaler"])
             if distributed.rank() == 0:
@@ -115,18 +122,19 @@ class State:
         """Write the state, then what follows from it. Of several processes, the first does."""
         start = time.monotonic()
         if distributed.rank() == 0:
-            state = {key: getattr(self, key) for key in ("history", "step", "seconds", "best", "sums")}
-            state |= {"model": self.model.state_dict(), "moments": self.optimizer.state_dict()["state"]}
+            state = {key: getattr(self, key) for key in ("history", "step", "seconds", "confusion", "sums")}
+            state |= {"model": self.model.state_dict(), "average": self.average.state_dict()}
+            state |= {"moments": self.optimizer.state_dict()["state"]}
             checkpoint.save_state(self.run, state | {"scaler": self.scaler.state_dict()}, self.config)
             self.write_results()
         self.saved = time.monotonic()
         self.cost = self.saved - start
 
     def write_results(self) -> None:
-        """Write the best weights and the history, which follow from the state."""
-        if self.best and self.best["epoch"] != self.written:
-            checkpoint.save_weights(self.run, self.best, self.config)
-            self.written = self.best["epoch"]
+        """Write the averaged weights and the history, which follow from the state."""
+        miou = self.history[-1]["val_miou"] if self.history else None
+        progress = {"epoch": len(self.history), "step": self.step, "val_miou": miou}
+        checkpoint.save_weights(self.run, self.average.module.state_dict(), progress, self.config)
         checkpoint.write_history(self.run, self.history)
 
     def watch(self, batches: Iterable) -> Iterator:
@@ -141,8 +149,10 @@ class State:
             if votes >= 1000:
                 raise Pause(reason or "another process stops")
 
-    def schedule(self) -> torch.optim.lr_scheduler.OneCycleLR:
-        """The one-cycle schedule at the present step; a second cycle covers epochs that were asked for later."""
+    def schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
+        """The learning rate from the present step on; a second cycle covers epochs that were asked for later."""
+        if self.config["settings"]["schedule"] == "constant":
+            return torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0)
         ends = [0, *self.config["cycles"]]
         first = max(end for end in ends if end < self.epoch)
         total = self.steps_per_epoch * (min(end for end in ends if end > first) - first)
@@ -159,16 +169,20 @@ class State:
             raise TrainingStopped(f"loss or gradient was not finite in {where}; use a lower lr, in another run folder")
         return total / images if images else math.nan
 
+    def update_average(self) -> None:
+        """Move the average towards the weights of this step; at first it is their plain mean."""
+        steps = (self.epoch - 1) * self.steps_per_epoch + self.step
+        share = max(1 / (steps + 1), 1 / (AVERAGED * self.steps_per_epoch))
+        self.average.multi_avg_fn = get_ema_multi_avg_fn(1 - share)
+        self.average.update_parameters(self.model)
+
     def end_epoch(self, row: dict, confusion: np.ndarray) -> None:
-        """Append a row to the history, and keep the weights if they are finite and the best so far."""
-        weights, miou = self.model.state_dict(), row["val_miou"]
-        finite = math.isfinite(row["val_loss"]) and all(value.isfinite().all() for value in weights.values())
-        if finite and (self.best is None or miou > self.best["val_miou"]):
-            weights = {key: value.detach().to("cpu", copy=True) for key, value in weights.items()}
-            self.best = {"epoch": self.epoch, "val_miou": miou, "weights": weights}
-            self.best["confusion"] = torch.from_numpy(confusion)
+        """Append a row to the history. Raises TrainingStopped when loss or weights are not finite any more."""
+        weights = self.average.module.state_dict().values()
+        if not (math.isfinite(row["val_loss"]) and all(value.isfinite().all() for value in weights)):
+            raise TrainingStopped(f"{self.run}: training diverged in epoch {self.epoch}; use a lower lr, another --out")
         self.history.append(row)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.confusion = 0, 0.0, torch.from_numpy(confusion)
         self.sums = self.sums * torch.tensor([0, 0, 0, 1], device=self.device)
 
 
@@ -187,7 +201,7 @@ def fit(state: State, loss_fn: Callable, train_batches, val_batches, log: Callab
             while state.epoch <= num_epochs:
                 train_one_epoch(state, state.watch(train_batches.epoch(state.epoch, state.step)), loss_fn, bar)
                 names, val = state.config["classes"], state.watch(val_batches.epoch())
-                result = evaluate(state.model, val, len(names), loss_fn, state.precision, state.void)
+                result = evaluate(state.average.module, val, len(names), loss_fn, state.precision, state.void)
                 row = history_row(state, result)
                 state.end_epoch(row, result.confusion)
                 log(row)
@@ -202,8 +216,6 @@ def fit(state: State, loss_fn: Callable, train_batches, val_batches, log: Callab
                 raise
             advice = f"try --batch-size {batch_size // 2}" if batch_size > 1 else "use fewer channels or smaller images"
             raise TrainingStopped(f"out of memory with batch size {batch_size}: {advice} ({str(error)[:99]})") from None
-    if state.epoch > num_epochs and state.best is None:
-        raise TrainingStopped(f"{state.run}: training diverged, no epoch has a finite val loss; use a lower lr")
     return state.history
 
 
@@ -230,6 +242,7 @@ def train_one_epoch(state: State, batches: Iterable, loss_fn: Callable, bar: tqd
         total, seen, skipped, in_a_row = state.sums.unbind()
         sums = total + loss.detach().where(finite, 0) * num_images, seen + finite * num_images, skipped + ~finite
         state.sums = torch.stack([*sums, (in_a_row + 1) * ~finite])
+        state.update_average()
         state.step, state.seconds = state.step + 1, time.perf_counter() - started
         bar.update(num_images)
         if state.device.type == "cpu" or state.step % LOOK_STEPS == 0:

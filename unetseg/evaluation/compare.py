@@ -1,6 +1,5 @@
 """Whether two runs, or two groups of seeds, differ: intervals and verdicts from the matrices of single images."""
 
-import re
 import zipfile
 import zlib
 from pathlib import Path
@@ -10,21 +9,11 @@ from scipy import stats
 
 from ..checkpoint import weights_sha256
 from ..files import UserError
+from ..processed import moment
 from .results import comparable, read_results
 
 DRAWS, LEVEL = 2000, 0.05
 LEAST_BLOCKS, SECONDS = 10, 10  # blocks for an interval, and how much time each of them covers at least
-CITYSCAPES, CAMVID = r"([a-z-]+)_(\d{6})_(\d{6})", r"(\d{4}[A-Z]\w|Seq\w+)_f?(\d+)"
-
-
-def moment(stem: str) -> tuple[str, float] | None:
-    """The clip of an image and its second there, by its name; None where the name tells no time. Cityscapes' cities are
-    one long clip (17 frames a second) or sequences of 30 frames, of which neighbouring numbers are neighbours."""
-    if (match := re.fullmatch(CITYSCAPES, stem)) and match[1] != "drawn":
-        alone = match[3] == "000019"
-        return (match[1], int(match[2]) * 30 / 17) if alone else (match[1] + match[2], int(match[3]) / 17)
-    match = re.fullmatch(CAMVID, stem)
-    return (match[1], int(match[2]) / 30) if match else None
 
 
 def time_blocks(stems: list[str]) -> tuple[np.ndarray, bool]:
@@ -44,18 +33,22 @@ def time_blocks(stems: list[str]) -> tuple[np.ndarray, bool]:
     return np.unique([f"{clip} {part}" for clip, part in names], return_inverse=True)[1], True
 
 
-def pooled_miou(confusions: np.ndarray, void: str) -> np.ndarray:
-    """(..., C + 1, C) counts -> mIoU (...) over the classes present in the truth."""
+def pooled_iou(confusions: np.ndarray, void: str) -> np.ndarray:
+    """(..., C + 1, C) counts -> IoU (..., C) of each class; NaN where the truth has none of it."""
     counts = confusions[..., :-1, :].astype(float)
     if void == "background":
         counts[..., 0, :] += confusions[..., -1, :]
     hits, truth, pred = np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(axis=-1), counts.sum(axis=-2)
-    iou = np.where(truth > 0, hits / np.maximum(truth + pred - hits, 1), np.nan)
-    return np.nanmean(iou, axis=-1)
+    return np.where(truth > 0, hits / np.maximum(truth + pred - hits, 1), np.nan)
 
 
-def difference(a: np.ndarray, b: np.ndarray, blocks: np.ndarray, void: str = "ignore", seed: int = 0) -> dict:
-    """The pooled mIoU of group `b` minus that of `a`, with a 95 % interval and a p-value.
+def pooled_miou(confusions: np.ndarray, void: str) -> np.ndarray:
+    """(..., C + 1, C) counts -> mIoU (...) over the classes present in the truth."""
+    return np.nanmean(pooled_iou(confusions, void), axis=-1)
+
+
+def difference(a: np.ndarray, b: np.ndarray, blocks: np.ndarray, void="ignore", score=pooled_miou, seed=0) -> dict:
+    """The pooled score (mIoU) of group `b` minus that of `a`, with a 95 % interval and a p-value.
 
     a, b    (S, N, C + 1, C) counts: seeds x images; the same N images, as many seeds as there are
     blocks  (N,) the block of each image, which is drawn as a whole
@@ -66,16 +59,16 @@ def difference(a: np.ndarray, b: np.ndarray, blocks: np.ndarray, void: str = "ig
     rng, names = np.random.default_rng(seed), np.unique(blocks)
     number = len(names)
     per_block = [np.stack([group[:, blocks == name].sum(axis=1) for name in names], axis=1) for group in (a, b)]
-    scores = [pooled_miou(group.sum(axis=1), void) for group in per_block]  # (S,) each
+    scores = [score(group.sum(axis=1), void) for group in per_block]  # (S,) each
     found = {"difference": float(scores[1].mean() - scores[0].mean()), "blocks": number, "seeds": [len(a), len(b)]}
     if number < LEAST_BLOCKS:
         said = f"the images make {number} of the {LEAST_BLOCKS} blocks of {SECONDS} s that an interval needs"
         return found | {"reason": said}
     draws = rng.multinomial(number, np.full(number, 1 / number), size=DRAWS)  # how often each block is drawn
-    drawn = [[pooled_miou(np.einsum("db,bij->dij", draws, run), void) for run in group] for group in per_block]
+    drawn = [[score(np.einsum("db,bij->dij", draws, run), void) for run in group] for group in per_block]
     means = [np.mean(group, axis=0) for group in drawn]
     parts = [(np.var(means[1] - means[0], ddof=1) * number / (number - 1), number - 1)]
-    parts += [(np.var(score, ddof=1) / len(score), len(score) - 1) for score in scores if len(score) > 1]
+    parts += [(np.var(group, ddof=1) / len(group), len(group) - 1) for group in scores if len(group) > 1]
     variance = sum(part for part, _ in parts)
     freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts) if variance else number - 1
     half = float(stats.t.ppf(1 - LEVEL / 2, freedom) * np.sqrt(variance))

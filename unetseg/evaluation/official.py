@@ -10,7 +10,7 @@ from .. import checkpoint
 from ..classes import CLASS_SETS, IGNORE_INDEX, ClassSet, stored
 from ..files import UserError, exclusive, read_bytes, write_json
 from ..images import read_png
-from ..inference import best_model, predict, write_png
+from ..inference import predict, trained_model, write_png
 from ..processed import pair_paths, read_stats
 from ..tools.layouts import TRAIN_IDS, DataSet, find_data
 from ..tools.preprocess import shrink_mask
@@ -28,7 +28,7 @@ def score_officially(run: Path, processed: Path, out: Path, split: str | None = 
     Writes <city>_<seq>_<frame>_pred_labelIds.png (label ids), and results under "official" in results_<split>.json.
     Returns these. Raises UserError where the raw data are not there, or `out` holds other files.
     """
-    results, (model, about) = read_results(run, split), best_model(run)
+    results, (model, about) = read_results(run, split), trained_model(run)
     data_set, class_set = find_raw(processed, results, raw), stored(about)
     to_id = label_ids(class_set)
     splits = [name for name in ("train", "val") if name in data_set.splits]

@@ -6,7 +6,7 @@ import numpy as np
 
 from .. import plots
 from ..data import load_split
-from ..inference import best_model
+from ..inference import trained_model
 from .details import boundary, distance_outside
 from .robustness import predict_all
 
@@ -16,7 +16,7 @@ NEAR = 3  # pixels from a boundary of the truth
 def worst_cases(run: Path, processed: Path, results: dict, count: int = 3) -> plots.Figure:
     """The worst images of a scored split: image, truth, prediction, and where that is wrong: orange within three pixels
     of a true boundary, red elsewhere."""
-    dataset, (model, _) = load_split(processed, results["split"]), best_model(run)
+    dataset, (model, _) = load_split(processed, results["split"]), trained_model(run)
     stems = [image.partition("/")[2] for image in dataset.split.images]
     worst = results["details"]["worst"][:count]
     places = [stems.index(row["image"]) for row in worst]

@@ -8,10 +8,10 @@ from tqdm import tqdm
 from .. import checkpoint
 from ..data import Batches, load_split
 from ..files import UserError, atomic_open, read_json, write_json
-from ..inference import best_model
+from ..inference import trained_model
 from ..losses import cross_entropy
 from ..metrics import METRICS, scores
-from ..processed import NoSplit, Split, find_split, read_stats, scored_split
+from ..processed import FOLDS, NoSplit, Split, find_split, read_stats, scored_split, training_splits
 from ..train import evaluate
 from .details import DISTANCES, Details, spread
 
@@ -19,12 +19,12 @@ MOST_PIXELS = 8 * 1024 * 512  # that are scored at once
 
 
 def evaluate_run(run: Path, processed: Path, split: str | None = None) -> dict:
-    """Score a run's best weights on a split ("test", or "val" where there is no test) under each void rule, in fp32.
+    """Score a run on a split (its fold, else "test", or "val" where there is no test) under each void rule, in fp32.
 
     Returns what it writes to results_<split>.json: scores, confusion matrix, and the context they hold in.
     """
-    config, (model, about) = checkpoint.read_config(run), best_model(run)
-    dataset = load_split(processed, split or scored_split(processed))
+    config, (model, about) = checkpoint.read_config(run), trained_model(run)
+    dataset = load_split(processed, split or default_split(config, processed))
     found = {"classes": list(dataset.class_set.names), "width": dataset.size[0], "height": dataset.size[1]}
     if changed := checkpoint.differences(about, found):
         raise UserError("\n".join([f"{processed}: expected data like those {run} was trained on:", *changed]))
@@ -39,7 +39,7 @@ def evaluate_run(run: Path, processed: Path, split: str | None = None) -> dict:
     results |= {"num_images": len(dataset), "size": list(dataset.size), "class_set": dataset.class_set.name}
     results |= {key: config["settings"][key] for key in ("stage", "seed", "precision")}
     results |= {key: joined(config, key) for key in ("device", "torch", "commit")}
-    results |= {"epochs": len(history), "best_epoch": about["epoch"], "trained_void": about["void"]}
+    results |= {"epochs": len(history), "trained_void": about["void"]}
     results |= {"train_seconds": sum(r["seconds"] for r in history), "images_per_second": len(dataset) / result.seconds}
     results |= {"parameters": sum(weight.numel() for weight in model.parameters())}
     results["rules"] = {rule: scores(result.confusion, about["classes"], rule) for rule in dataset.class_set.void_rules}
@@ -49,6 +49,12 @@ def evaluate_run(run: Path, processed: Path, split: str | None = None) -> dict:
     results["details"] = details.summary() | spread(result.confusions, stems, about["void"])
     keep(run, results, result.confusions)
     return results
+
+
+def default_split(config: dict, processed: Path) -> str:
+    """The split to score a run on where none is named."""
+    fold = config["settings"]["fold"]
+    return scored_split(processed) if fold is None else f"fold{fold}"
 
 
 def keep(run: Path, results: dict, confusions: np.ndarray) -> None:
@@ -71,6 +77,7 @@ def remarks(config: dict, history: list[dict], split: Split, processed: Path) ->
     """What a reader of a run's scores must know."""
     said = list(read_stats(processed, split.folder).get("notes", []))
     planned, trained_on = config["cycles"][-1], config["data"]
+    names = dict(zip(trained_on, training_splits(config["settings"]["fold"])))
 
     def fingerprint(name: str) -> str:
         try:
@@ -78,16 +85,15 @@ def remarks(config: dict, history: list[dict], split: Split, processed: Path) ->
         except NoSplit:
             return ""
 
-    if split.name.startswith("val"):
-        said.append("the best epoch was chosen on val, so these scores flatter")
     if split.name == "val" and scored_split(processed) == "val":
         said.append("there is no test split")
     if len(history) < planned:
         said.append(f"training is not finished: {len(history)} of {planned} epochs are done")
-    seen = set(split.images) & {image for found in trained_on.values() for image in found["images"]}
-    if split.name == "test" and seen:
-        said.append(f"{len(seen)} of these images were in the run's train or val split: they are not unseen")
-    if any(fingerprint(name) != trained_on[name]["sha256"] for name in trained_on):
+    used = trained_on if split.name == "test" else {"train": trained_on["train"]}
+    seen = set(split.images) & {image for found in used.values() for image in found["images"]}
+    if seen:
+        said.append(f"{len(seen)} of these images were in the run's {' or '.join(used)} split: they are not unseen")
+    if any(fingerprint(names[key]) != trained_on[key]["sha256"] for key in trained_on):
         said.append(f"{processed} does not hold the data that the run was trained on")
     return said
 
@@ -137,7 +143,7 @@ def read_results(run: Path, split: str | None = None) -> dict:
 
     Raises UserError when there are none, or when they are those of other weights than the folder's.
     """
-    names = (split,) if split else ("test", "val", "val_all")
+    names = (split,) if split else ("test", "val", "val_all", *(f"fold{k}" for k in range(FOLDS)))
     path = next((path for name in names if (path := run / f"results_{name}.json").is_file()), None)
     if path is None:
         raise UserError(f"{run}: expected results_<split>.json, found none; run `python -m unetseg evaluate` first")

@@ -16,7 +16,7 @@ from .. import checkpoint, commit, plots
 from ..data import SegmentationSet, load_split
 from ..files import UserError, write_json
 from ..images import cv2
-from ..inference import best_model
+from ..inference import trained_model
 from ..metrics import confusion_matrices, miou, under_rule
 from ..processed import scored_split
 from ..train import forward
@@ -147,11 +147,14 @@ def against(clean: np.ndarray, found: np.ndarray, blocks: np.ndarray, void: str)
     return {"miou": pooled(found, void), "change": difference(clean[None], found[None], blocks, void)}
 
 
-def occlusion_scores(model: torch.nn.Module, dataset: SegmentationSet, clean: np.ndarray, void: str) -> list[dict]:
-    """Scores on visible, covered and all pixels for each kind, coverage and aim."""
+def occlusion_scores(
+    model: torch.nn.Module, dataset: SegmentationSet, clean: np.ndarray, void: str, chosen: list | None = None
+) -> list[dict]:
+    """Scores on visible, covered and all pixels for each kind, coverage and aim (or the chosen ones), beside what the
+    predictions without an occluder, `clean` (N, H, W), score on the same pixels."""
     number, masks, rows = len(dataset.class_set), dataset.masks.cpu().numpy(), []
-    blocks = blocks_of(dataset)
-    for kind, share, aimed in tqdm([*conditions()], "occluders", leave=False, delay=1):
+    blocks, unoccluded = blocks_of(dataset), counts(clean, masks, number)
+    for kind, share, aimed in tqdm(chosen or [*conditions()], "occluders", leave=False, delay=1):
         if aimed and not dataset.class_set.people:
             continue
         row: dict = {"kind": kind, "seen_in_training": kind in SEEN, "coverage": share, "aimed": aimed}
@@ -163,9 +166,10 @@ def occlusion_scores(model: torch.nn.Module, dataset: SegmentationSet, clean: np
         images, covered = (np.stack(column) for column in zip(*pairs))
         preds = predict_all(model, images)
         row["covered_share"] = float(covered.mean())
-        row["all"] = against(clean, counts(preds, masks, number), blocks, void)
+        row["all"] = against(unoccluded, counts(preds, masks, number), blocks, void)
         for name, kept in (("visible", ~covered), ("covered", covered)):
-            row[name] = {"miou": pooled(counts(preds, masks, number, kept), void)}
+            both = {"miou": preds, "without_occluder": clean}
+            row[name] = {key: pooled(counts(found, masks, number, kept), void) for key, found in both.items()}
         rows.append(row)
     return rows
 
@@ -198,22 +202,36 @@ def blocks_of(dataset: SegmentationSet) -> np.ndarray:
 
 
 def robustness(run: Path, processed: Path, split: str | None = None) -> dict:
-    """Both benchmarks for a run's best weights; written to robustness_<split>.json with all that they depend on."""
-    model, about = best_model(run)
+    """Both benchmarks for a run; written to robustness_<split>.json with all that they depend on."""
+    model, about = trained_model(run)
     dataset = load_split(processed, split or scored_split(processed))
     if list(dataset.class_set.names) != about["classes"]:
         raise UserError(f"{processed}: expected the classes {about['classes']}, found {list(dataset.class_set.names)}")
     void, number = about["void"], len(dataset.class_set)
-    clean = counts(predict_all(model, dataset.images.cpu().numpy()), dataset.masks.cpu().numpy(), number)
+    preds = predict_all(model, dataset.images.cpu().numpy())
+    clean = counts(preds, dataset.masks.cpu().numpy(), number)
     found = {"run": run.name, "split": dataset.split.name, "split_note": dataset.split.note, "size": list(dataset.size)}
     found |= {"images": dataset.split.images, "data_sha256": dataset.split.sha256, "trained_void": void}
     found |= {"weights_sha256": checkpoint.weights_sha256(run), "commit": commit(), "resolution": "after shrinking"}
     found |= {"clean": pooled(clean, void)}
-    found |= {"occlusion": occlusion_scores(model, dataset, clean, void)}
+    found |= {"occlusion": occlusion_scores(model, dataset, preds, void)}
     found |= {"corruptions": corruption_scores(model, dataset, clean, void)}
     write_json(run / f"robustness_{dataset.split.name}.json", found)
     plots.save(plots.robustness_curves(found), run / f"robustness_{dataset.split.name}.png", dpi=160)
     return found
+
+
+def unseen_occluders(run: Path, processed: Path, split: str, coverage: tuple = COVERAGE[:4]) -> dict[str, float]:
+    """The mIoU that a run loses on visible pixels under each kind of occluder that no training has, placed anywhere;
+    the mean over coverages of 10-40 %."""
+    (model, about), dataset = trained_model(run), load_split(processed, split)
+    clean, lost = predict_all(model, dataset.images.cpu().numpy()), {}
+    for kind in UNSEEN:
+        chosen = [(kind, share, False) for share in coverage]
+        rows = occlusion_scores(model, dataset, clean, about["void"], chosen)
+        found = [row["visible"] for row in rows if "visible" in row]
+        lost[kind] = float(np.mean([row["without_occluder"] - row["miou"] for row in found])) if found else None
+    return lost
 
 
 def robustness_table(found: dict) -> str:

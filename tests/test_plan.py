@@ -1,0 +1,137 @@
+"""Folds that hold out stretches of time, and plans of runs: what is done, skipped, resumed, summed up, refused."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import command
+
+from unetseg.data import Batches, load_split
+from unetseg.evaluation.compare import pooled_miou
+from unetseg.files import UserError, read_json
+from unetseg.processed import find_split, hold_out, moment
+from unetseg.tools import plan
+
+CLIP = [f"0001TP_{number:06d}" for number in range(6690, 8521, 30)]  # 62 seconds, a frame each
+PLAN = """
+name = "try"
+precision = "fp32"
+seeds = [0, 1]
+folds = [0, 1]
+[settings]
+channels = 4
+depth = 2
+epochs = 1
+[rows.scratch]
+title = "from scratch"
+[rows.control]
+init = "scratch"
+[rows.ce_dice]
+title = "CE + Dice"
+stage = "ce_dice"
+init = "scratch"
+control = "control"
+"""
+
+
+@pytest.fixture
+def a_plan(tmp_path):
+    path = tmp_path / "plan.toml"
+    path.write_text(PLAN)
+    return path
+
+
+def test_folds_hold_out_every_frame_once_and_train_ten_seconds_away():
+    held = [hold_out(CLIP, part, 4) for part in range(4)]
+    assert sorted(stem for inside, _, _ in held for stem in inside) == CLIP
+    for inside, kept, timed in held:
+        seconds = [np.array([moment(stem)[1] for stem in stems]) for stems in (inside, kept)]
+        assert timed and np.abs(seconds[0][:, None] - seconds[1]).min() >= 10
+        assert len(inside) in (15, 16) and np.ptp(seconds[0]) == len(inside) - 1
+    assert [len(kept) for _, kept, _ in held] == [37, 29, 28, 38]  # 62 less 16 or 15, and nine on each side
+
+
+def test_clips_too_short_to_cut_are_held_out_whole():
+    clips = [f"aachen_{clip:06d}_{frame:06d}" for clip in range(8) for frame in range(9)]
+    inside, kept, _ = hold_out(clips, 1, 4)
+    assert {stem[7:13] for stem in inside} == {"000001", "000005"} and len(inside) + len(kept) == len(clips)
+
+
+def test_where_names_tell_no_time_folds_are_random_and_complete(processed):
+    splits = [find_split(processed, f"fold{k}") for k in range(4)]
+    assert sorted(stem for split in splits for stem in split.checked) == sorted(find_split(processed, "train").checked)
+    for k, split in enumerate(splits):
+        rest = find_split(processed, f"not_fold{k}")
+        assert not {*rest.checked} & {*split.checked} and len(rest.checked) + len(split.checked) == 6
+        assert "at random" in split.note and f"fold {k} of 4" in split.note
+
+
+def test_a_run_with_a_fold_is_scored_on_it(processed, tmp_path):
+    tiny = ["--channels", 4, "--depth", 1, "--epochs", 1, "--fold", 2]
+    assert command("train", "scratch", "--data", processed, "--out", tmp_path / "run", *tiny) == 0
+    assert command("evaluate", tmp_path / "run", "--data", processed) == 0
+    results = read_json(tmp_path / "run" / "results_fold2.json")
+    assert results["images"] == find_split(processed, "fold2").images and not results["remarks"]
+    assert command("evaluate", tmp_path / "run", "--data", processed, "--split", "train") == 0
+    said = read_json(tmp_path / "run" / "results_train.json")["remarks"]
+    assert said == ["4 of these images were in the run's train split: they are not unseen"]
+
+
+def test_half_size_is_the_mean_of_four_pixels_and_the_class_under_the_centre(processed):
+    import torch
+
+    train_set = load_split(processed, "train")
+    images, masks = train_set.batch(torch.tensor([0]), torch.device("cpu"))
+    half, half_masks = train_set.batch(torch.tensor([0]), torch.device("cpu"), 2)
+    assert torch.allclose(half[0, :, 3, 5], images[0, :, 6:8, 10:12].mean(dim=(1, 2)))
+    assert half_masks[0, 3, 5] == masks[0, 7, 11] and half_masks.shape == (1, 16, 32)
+    from unetseg.settings import Settings, with_preset
+
+    batches = Batches(train_set, 6, torch.device("cpu"), with_preset(Settings()), half_epochs=2)
+    assert [next(batches.epoch(number))[0].shape[-2:] for number in (1, 2, 3)] == [(16, 32), (16, 32), (32, 64)]
+
+
+def test_a_plan_is_done_once_and_goes_on_where_it_was(a_plan, processed, tmp_path, monkeypatch):
+    done, do = [], plan.do
+    monkeypatch.setattr(plan, "do", lambda plan, job, *more: done.append(job.name) or do(plan, job, *more))
+    out, results = tmp_path / "out", tmp_path / "out" / "results"
+    summary = plan.run_plan(a_plan, processed, out, results)
+    assert len(done) == 12 and done[0] == "scratch-seed0-fold0" and len(list(results.glob("*.npz"))) == 12
+    assert not list(out.glob("[a-z]*-seed*")), "folders that no run needs any more"
+    (results / "ce_dice-seed1-fold1.npz").unlink()
+    stopped = plan.run_plan(a_plan, processed, out, results, max_minutes=1e-9)
+    assert stopped["rows"]["ce_dice"]["seeds"] == [0] and len(done) == 12
+    again = plan.run_plan(a_plan, processed, out, results)
+    assert done[12:] == ["scratch-seed1-fold1", "ce_dice-seed1-fold1"], "the start, whose weights were dropped, too"
+    assert again["rows"]["ce_dice"]["mean"]["scores mIoU"] == summary["rows"]["ce_dice"]["mean"]["scores mIoU"]
+
+
+def test_a_summary_is_the_mean_over_folds_and_then_seeds(a_plan, processed, tmp_path):
+    assert command("plan", a_plan, "--data", processed, "--out", tmp_path / "out") == 0
+    results = tmp_path / "out" / "results"
+    by_seed = []
+    for seed in (0, 1):
+        files = [np.load(results / f"ce_dice-seed{seed}-fold{fold}.npz") for fold in (0, 1)]
+        facts = [json.loads(str(file["facts"])) for file in files]
+        pooled = [pooled_miou(file["confusions"].sum(axis=0), "ignore") for file in files]
+        assert pooled == [fact["scores"]["mIoU"] for fact in facts]
+        by_seed.append(np.mean(pooled))
+    row = read_json(results / "summary.json")["rows"]["ce_dice"]
+    assert row["mean"]["scores mIoU"] == pytest.approx(np.mean(by_seed))
+    assert row["std"]["scores mIoU"] == pytest.approx(np.std(by_seed, ddof=1))
+    verdict = row["miou_against_control"]
+    assert verdict["seeds"] == [2, 2] and "blocks" in verdict["reason"]  # three drawn scenes are too few
+
+
+@pytest.mark.parametrize("change, said", [
+    (('init = "scratch"', 'init = "later"'), "control.init, which names no earlier row: 'later'"),
+    (("channels = 4", "chanels = 4"), "the unknown chanels"),
+    (("epochs = 1", "epochs = 0"), "epochs: expected a whole number from 1"),
+    (('precision = "fp32"', ""), "no 'precision'"),
+    (("seeds = [0, 1]", "seeds = []"), "a plan without rows or seeds"),
+])  # fmt: skip
+def test_a_plan_with_a_mistake_is_refused_in_one_line(a_plan, change, said):
+    a_plan.write_text(PLAN.replace(*change))
+    with pytest.raises(UserError) as error:
+        plan.read_plan(a_plan)
+    assert said in str(error.value) and "\n" not in str(error.value) and str(a_plan) in str(error.value)

@@ -1,0 +1,243 @@
+"""A plan: rows of settings x seeds x folds, each trained, scored into one small file, and summed up in one table.
+
+A plan is a TOML file with `name`, `precision`, `seeds`, `folds` (without them a run trains on the whole of train), what
+all rows share under [settings], and a table [rows.<name>] each: a `title` and settings, of which `init` names an
+earlier row, whose run of the same seed and fold it starts from. Rows with `control` are compared with that row.
+"""
+
+import json
+import shutil
+import time
+import tomllib
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from .. import checkpoint
+from ..evaluation import difference, evaluate_run, headline, verdicts
+from ..evaluation.compare import pooled_iou, pooled_miou, read_confusions, time_blocks
+from ..evaluation.details import mean
+from ..evaluation.robustness import unseen_occluders
+from ..files import UserError, atomic_open, make_folder, read_bytes, write_json
+from ..run import train
+from ..settings import KNOBS, Settings, check
+
+ALL = ("name", "data", "precision", "seeds", "folds", "settings", "rows")
+ROW = ("title", "control", *KNOBS)
+KEPT = ("split", "split_note", "size", "trained_void", "device", "torch", "commit", "precision", "epochs")
+KEPT += ("train_seconds", "parameters", "images", "data_sha256")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a plan: a row under a seed, trained without a fold (None: on all of train)."""
+
+    row: str
+    seed: int
+    fold: int | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.row}-seed{self.seed}" + (f"-fold{self.fold}" if self.fold is not None else "")
+
+
+def read_plan(path: Path) -> dict:
+    """The plan in a TOML file. Raises UserError for names that are unknown, and for values that no setting takes."""
+    try:
+        plan = {"folds": [None], "settings": {}, **tomllib.loads(read_bytes(path).decode())}
+        rows = plan["rows"]
+        unknown = [*(set(plan) - {*ALL}), *(set(plan["settings"]) - {*KNOBS})]
+        unknown += [f"{name}.{key}" for name, row in rows.items() for key in set(row) - {*ROW}]
+        if unknown or not (rows and plan["seeds"] and plan["precision"]):
+            raise ValueError(f"the unknown {', '.join(unknown)}" if unknown else "a plan without rows or seeds")
+        for place, (name, row) in enumerate(rows.items()):
+            for key in {"init", "control"} & {*row}:
+                if row[key] not in list(rows)[: place if key == "init" else None]:
+                    raise ValueError(f"{name}.{key}, which names no {'earlier ' * (key == 'init')}row: {row[key]!r}")
+            check(settings_of(plan, Job(name, plan["seeds"][0], plan["folds"][0]), Path(), Path()))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        found = f"no {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path}: expected a plan as docs/plans.md describes it, found {found}") from None
+    return plan
+
+
+def jobs_of(plan: dict) -> list[Job]:
+    """Every run, whole rows first seed by seed, so that an early end leaves rows that can be compared."""
+    return [Job(row, seed, fold) for seed in plan["seeds"] for row in plan["rows"] for fold in plan["folds"]]
+
+
+def settings_of(plan: dict, job: Job, data: Path, out: Path) -> Settings:
+    """The settings of one run."""
+    row = plan["rows"][job.row]
+    chosen = plan["settings"] | {key: value for key, value in row.items() if key in KNOBS}
+    if "init" in row:
+        chosen["init"] = str(out / Job(row["init"], job.seed, job.fold).name)
+    fixed = {"seed": job.seed, "fold": job.fold, "precision": plan["precision"], "data": data, "out": out / job.name}
+    return Settings(**chosen | fixed)
+
+
+def results_path(results: Path, job: Job) -> Path:
+    return results / f"{job.name}.npz"
+
+
+def run_plan(path: Path, data: Path, out: Path, results: Path, max_minutes: float | None = None) -> dict:
+    """Do what is left of a plan, then write and return its summary. Several processes may work on one plan.
+
+    A finished run leaves results/<run>.npz; its folder under `out` is removed when no unfinished run starts from it.
+    """
+    plan, deadline = read_plan(path), time.monotonic() + 60 * (max_minutes or 1e9)
+    make_folder(results)
+    ended = False
+    while not ended:
+        ended = True
+        for job in jobs_of(plan):
+            left = (deadline - time.monotonic()) / 60
+            if left <= 0 or not is_next(plan, job, out, results):
+                continue
+            try:
+                with FileLock(make_folder(out) / f".{job.name}.lock", timeout=0):
+                    if is_next(plan, job, out, results):
+                        ended &= not do(plan, job, data, out, results, left if max_minutes else None)
+            except Timeout:  # another process is at it
+                continue
+    return summarise(plan, results)
+
+
+def children(plan: dict, job: Job) -> list[Job]:
+    """The runs that start from this one."""
+    return [replace(job, row=name) for name, row in plan["rows"].items() if row.get("init") == job.row]
+
+
+def is_next(plan: dict, job: Job, out: Path, results: Path) -> bool:
+    """Whether a run is still to be done, for its result or for the weights that another one starts from, and can be."""
+    init = plan["rows"][job.row].get("init")
+    if init and not (out / replace(job, row=init).name / checkpoint.WEIGHTS).is_file():
+        return False
+    if init and not results_path(results, replace(job, row=init)).is_file():
+        return False
+    needed = [child for child in children(plan, job) if not results_path(results, child).is_file()]
+    has_weights = (out / job.name / checkpoint.WEIGHTS).is_file()
+    return not results_path(results, job).is_file() or (bool(needed) and not has_weights)
+
+
+def do(plan: dict, job: Job, data: Path, out: Path, results: Path, max_minutes: float | None) -> bool:
+    """Train and score one run; returns whether it was finished in time."""
+    run = out / job.name
+    history = train(replace(settings_of(plan, job, data, out), max_minutes=max_minutes), log=lambda row: None)
+    config = checkpoint.read_config(run)
+    if len(history) < config["cycles"][-1]:
+        return False
+    found = evaluate_run(run, data)
+    details, classes = found["details"], found["rules"][found["trained_void"]]["classes"]
+    facts = {"row": job.row, "seed": job.seed, "fold": job.fold, "settings": config["settings"]}
+    facts |= {key: config[key] for key in ("classes", "people")} | {key: found[key] for key in KEPT}
+    facts |= {"scores": headline(found), "val_miou": [row["val_miou"] for row in history]}
+    facts |= {key: {name: row[key] for name, row in classes.items()} for key in ("precision", "recall")}
+    facts |= {key: value["mean"] for key, value in details.items() if key.startswith("boundary_")}
+    facts |= {key: details[key] for key in ("iou_by_size", "calibration_error")}
+    facts["lost_under_occluders"] = unseen_occluders(run, data, found["split"])
+    confusions = read_confusions(run, found["split"])[1].astype(np.uint32)
+    with atomic_open(results_path(results, job), durable=True) as file:
+        np.savez_compressed(file, facts=json.dumps(facts), confusions=confusions)
+    for other in jobs_of(plan):  # whose weights no run needs any more
+        done = all(results_path(results, run).is_file() for run in (other, *children(plan, other)))
+        if done and other.fold is not None:
+            shutil.rmtree(out / other.name, ignore_errors=True)
+    return True
+
+
+def read_results(plan: dict, results: Path) -> dict[Job, tuple[dict, np.ndarray]]:
+    """Facts and matrices (N, C + 1, C) of the runs that are done. Raises UserError for a damaged file."""
+    found = {}
+    for job in jobs_of(plan):
+        path = results_path(results, job)
+        if path.is_file():
+            try:
+                with np.load(path, allow_pickle=False) as file:
+                    found[job] = json.loads(str(file["facts"])), file["confusions"].astype(np.int64)
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                raise UserError(f"{path}: expected a result of a plan, found {error}; delete it and rerun") from None
+    return found
+
+
+def summarise(plan: dict, results: Path) -> dict:
+    """Mean and standard deviation over the seeds of each row's scores, themselves means over the folds, and verdicts
+    against its control over the seeds that both have; written to results/summary.json."""
+    done = read_results(plan, results)
+    found, rows = {}, {}
+    for name, row in plan["rows"].items():
+        seeds = [s for s in plan["seeds"] if all(Job(name, s, fold) in done for fold in plan["folds"])]
+        found[name] = {seed: [done[Job(name, seed, fold)] for fold in plan["folds"]] for seed in seeds}
+        rows[name] = {"title": row.get("title", name), "seeds": seeds, "runs": sum(job.row == name for job in done)}
+        if seeds:
+            rows[name] |= statistics(found[name])
+    for score, class_name in {"miou": None, **{f"{name}_iou": name for name in people(done)}}.items():
+        compared = {}
+        for name, row in plan["rows"].items():
+            both = [seed for seed in found[name] if seed in found.get(row.get("control"), {})]
+            if both:
+                compared[name] = against(*({s: found[r][s] for s in both} for r in (row["control"], name)), class_name)
+        for name, verdict in verdicts(compared).items():
+            rows[name][f"{score}_against_control"] = verdict
+    summary = {"name": plan["name"], "precision": plan["precision"], "folds": plan["folds"], "rows": rows}
+    write_json(results / "summary.json", summary)
+    return summary
+
+
+def people(done: dict) -> list[str]:
+    return next((facts["people"] for facts, _ in done.values()), [])
+
+
+def statistics(by_seed: dict[int, list]) -> dict:
+    """Mean over the seeds, and sample standard deviation where there are several, of every number in the facts, each
+    of which is a mean over the folds first."""
+    flat = [{k: [flatten(facts)[k] for facts, _ in folds] for k in flatten(folds[0][0])} for folds in by_seed.values()]
+    table = {key: [mean(seed[key]) for seed in flat] for key in flat[0]}
+    known = {key: [value for value in values if value is not None] for key, values in table.items()}
+    found = {"mean": {key: float(np.mean(values)) for key, values in known.items() if values}}
+    return found | {"std": {key: float(np.std(values, ddof=1)) for key, values in known.items() if len(values) > 1}}
+
+
+def flatten(facts: dict) -> dict[str, float | None]:
+    """The numbers of a run under one name each, such as "iou_by_size person small"."""
+    numbers = {}
+    for group in ("scores", "precision", "recall", "iou_by_size", "lost_under_occluders"):
+        for name, value in facts[group].items():
+            more = value if isinstance(value, dict) else {"": value}
+            numbers |= {f"{group} {name} {key}".strip(): number for key, number in more.items()}
+    single = [key for key in facts if key.startswith("boundary_")] + ["calibration_error", "train_seconds"]
+    return numbers | {key: facts[key] for key in single}
+
+
+def against(base: dict[int, list], other: dict[int, list], class_name: str | None) -> dict:
+    """`difference` of two rows over the images of all folds: of mIoU, or of the IoU of a class."""
+    facts = [facts for facts, _ in next(iter(base.values()))]
+    stems = [image.partition("/")[2] for fold in facts for image in fold["images"]]
+    groups = [np.stack([np.concatenate([c for _, c in folds]) for folds in row.values()]) for row in (base, other)]
+    score = pooled_miou
+    if class_name is not None:
+        place = facts[0]["classes"].index(class_name)
+        score = lambda confusions, void: pooled_iou(confusions, void)[..., place]  # noqa: E731
+    return difference(*groups, time_blocks(stems)[0], facts[0]["trained_void"], score)
+
+
+def plan_table(summary: dict) -> str:
+    """The summary as text."""
+    lines = [f"{'':<44}{'runs':>5}{'mIoU':>16}{'person':>16}{'minutes':>9}"]
+    for row in summary["rows"].values():
+        cells = ["", ""]
+        for place, key in enumerate(("scores mIoU", "scores person")):
+            if key in row.get("mean", {}):
+                spread = f" ± {row['std'][key]:.4f}" if key in row["std"] else ""
+                cells[place] = f"{row['mean'][key]:.4f}{spread}"
+        minutes = f"{row['mean']['train_seconds'] / 60:.1f}" if "mean" in row else ""
+        lines.append(f"{row['title'][:43]:<44}{row['runs']:>5}{cells[0]:>16}{cells[1]:>16}{minutes:>9}")
+        for key in [key for key in row if key.endswith("_against_control")]:
+            verdict = row[key]
+            ends = " to ".join(f"{100 * end:+.2f}" for end in verdict.get("interval", ()))
+            said = f"{ends}: {verdict['verdict']}" if ends else verdict["reason"]
+            lines.append(f"    {key.replace('_', ' ')}: {100 * verdict['difference']:+.2f} points, {said}")
+    return "\n".join(lines)
