@@ -45,7 +45,7 @@ def our_epoch(
 ) -> Callable[[], None]:
     """`train_one_epoch` with loader and augmentation, or with one constant batch."""
     state, data = state_of(preset, home, -(-images // BATCH)), load(home, images)
-    batches = Batches(data, BATCH, state.device, Settings(occlusion=occlusion))
+    batches = Batches(data, BATCH, state.device, with_preset(Settings(occlusion=occlusion)))
     same, numbers = next(batches.epoch()), itertools.count(1)
 
     def batches_of_epoch() -> Iterator:

@@ -29,8 +29,8 @@ PICTURES = ("samples.jpg", "predictions.jpg")
 MARKERS = ("<!-- results: written by make report -->", "<!-- end of results -->")
 
 
-def collect(home: Path) -> dict:
-    """Gather what the runs under `home` left on disk into home/results.json, and return it.
+def collect(home: Path, remarks: list[str] = ()) -> dict:
+    """Gather what the runs under `home` left on disk, and remarks on them, into home/results.json, and return it.
 
     Raises UserError when a stage has not been scored yet, or when the stages were not scored alike.
     """
@@ -55,6 +55,7 @@ def collect(home: Path) -> dict:
         key: joined({"sessions": [run["results"] for run in runs.values()]}, key)
         for key in ("device", "torch", "commit")
     }
+    context["remarks"] = [*context["remarks"], *remarks]
     context |= {"void": first["trained_void"], **stored(config).facts()}
     context |= {f"{name}_images": len(config["data"][name]["images"]) for name in ("train", "val")}
     context |= {f"{name}_note": config["data"][name]["note"] for name in ("train", "val")}
@@ -157,10 +158,9 @@ def results_table(results: dict) -> str:
         cells = ["–" if run["scores"][name] is None else f"{run['scores'][name]:.3f}".lstrip("0") for name in names]
         rows[run["title"]] = [*cells, f"{run['minutes']:.0f}"]
     epochs = " + ".join(str(len(run["history"])) for run in runs)
-    chosen = ", on which the best epoch was chosen, too" if context["split"] == "val" else ""
     note = (
         f"IoU on {results['name']} ({context['class_set']}), one seed: {context['split_note']} "
-        f"(split {context['split']}{chosen}), {'x'.join(map(str, context['size']))}, "
+        f"(split {context['split']}), {'x'.join(map(str, context['size']))}, "
         f"void rule {context['void']}, {context['train_images']} training images, {epochs} epochs, "
         f"{context['parameters'] / 1e6:.2f} M parameters, {context['device']}, torch {context['torch']}."
     )

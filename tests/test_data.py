@@ -15,7 +15,7 @@ from unetseg import data, plots
 from unetseg.data import Batches, class_weights, instance_boxes, load_split
 from unetseg.files import UserError, read_json, write_json
 from unetseg.processed import FORMAT, find_split, pair_paths, read_image, scored_split
-from unetseg.settings import Settings
+from unetseg.settings import Settings, with_preset
 
 CPU = torch.device("cpu")
 
@@ -54,9 +54,9 @@ def test_val_is_halved_as_scikit_learn_does(num, tmp_path):
 def test_without_val_a_fifth_of_train_is_held_out_and_said(copy):
     (copy / "stats_val.json").unlink()
     train, val = find_split(copy, "train"), find_split(copy, "val")
-    assert len(val.checked) == 1 and not set(train.checked) & set(val.checked) and len(train.checked) == 5
+    assert len(val.checked) == 2 and not set(train.checked) & set(val.checked) and len(train.checked) == 4
     assert "held out" in val.note and "held out" in train.note
-    assert scored_split(copy) == "val" and len(load_split(copy, "val")) == 1
+    assert scored_split(copy) == "val" and len(load_split(copy, "val")) == 2
     with pytest.raises(UserError, match=r"expected the split 'test', found no stats_test.json"):
         load_split(copy, "test")
 
@@ -160,7 +160,7 @@ def test_batches_cover_the_set_once_in_an_order_that_depends_on_seed_and_epoch(p
     train_set = load_split(processed, "train")
 
     def seen(seed, epoch, size):
-        batches = Batches(train_set, size, CPU, Settings(seed=seed, occlusion=0.0))
+        batches = Batches(train_set, size, CPU, with_preset(Settings(seed=seed)))
         found = [indices for _, _, indices in batches.epoch(epoch)]
         assert len(found) == len(batches)
         return torch.cat(found).tolist()

@@ -13,7 +13,7 @@ from unetseg import plots, run
 from unetseg.classes import CLASS_SETS
 from unetseg.evaluation import evaluate_run
 from unetseg.files import UserError, read_json
-from unetseg.settings import PRESETS, Settings
+from unetseg.settings import TITLES, Settings
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def home(processed, tmp_path_factory):
     """What a finished main job leaves, at a tiny size."""
     home = tmp_path_factory.mktemp("homes") / "tiny"
     shutil.copytree(processed, home / "processed")
-    for stage in PRESETS:
+    for stage in TITLES:
         tiny = {"channels": 4, "depth": 2} if stage == "scratch" else {"init": home / "scratch"}
         run.train(Settings(stage, home / "processed", home / stage, epochs=1, **tiny), log=print)
         evaluate_run(home / stage, home / "processed")
@@ -36,7 +36,7 @@ def test_a_report_is_built_from_run_folders_and_the_same_twice(home, tmp_path):
 
 def test_collect_repeats_the_scores_on_disk(home):
     collected = build.collect(home)
-    for stage in PRESETS:
+    for stage in TITLES:
         on_disk = read_json(home / stage / "results_test.json")["rules"]["ignore"]
         assert collected["runs"][stage]["scores"]["mIoU"] == on_disk["miou"]
         assert len(collected["runs"][stage]["history"]) == 1

@@ -229,21 +229,21 @@ def test_what_was_logged_is_read_back_from_the_offline_file(nobody, train):
     folder, _ = train()
     (path,) = files(folder)
     assert path.parent.name.startswith("offline-run-")
-    first, second, best = (row for row in wandb_file.history(path) if set(row) - {"_step", "_runtime", "_timestamp"})
+    first, second, final = (row for row in wandb_file.history(path) if set(row) - {"_step", "_runtime", "_timestamp"})
     history = checkpoint.read_history(folder)
     assert first["train/loss"] == history[0]["train_loss"] and first["val/iou/road"] == history[0]["val_iou_road"]
     assert {"epoch", "train/lr", "train/skipped_steps", "val/loss", "val/accuracy"} <= set(first)
     assert first["val/pictures"]["count"] == 2 and len(first["val/pictures"]["all_masks"]) == 2
     assert second["epoch"] == 2 and "val/pictures" not in second and "train/gpu_gibibytes" not in second
-    assert {"best/pictures", "best/classes"} < set(best) and any(key.startswith("best/confusion") for key in best)
+    assert {"final/pictures", "final/classes"} < set(final) and any(key.startswith("final/confusion") for key in final)
     artifact, sha256 = wandb_file.last(path, "artifact"), checkpoint.weights_sha256(folder)
-    assert artifact.name == "unet-scratch" and {"best", f"sha-{sha256[:12]}"} <= set(artifact.aliases)
+    assert artifact.name == "unet-scratch" and {"final", f"sha-{sha256[:12]}"} <= set(artifact.aliases)
     tables = [json.loads(table.read_text())["data"] for table in path.parent.rglob("*.table.json")]
     counts = next(rows for rows in tables if len(rows[0]) == 3)
-    confusion = checkpoint.load_state(folder, checkpoint.read_config(folder))["best"]["confusion"]
+    confusion = checkpoint.load_state(folder, checkpoint.read_config(folder))["confusion"]
     assert sum(row[2] for row in counts) == int(confusion[:-1].sum())
     assert not [file for file in (folder / "wandb").rglob("*") if file.suffix in (".py", ".ipynb", ".sh", ".env")]
-    assert read_json(folder / "wandb.json")["best"] == sha256 and wandb_file.last(path, "exit").exit_code == 0
+    assert read_json(folder / "wandb.json")["weights"] == sha256 and wandb_file.last(path, "exit").exit_code == 0
 
 
 def test_a_run_that_resumes_is_the_same_run_to_wandb(nobody, train):
@@ -262,12 +262,12 @@ def test_a_failed_run_is_marked_failed(nobody, train, monkeypatch, tmp_path):
 
 
 def test_what_a_killed_process_did_not_log_reaches_wandb_later(nobody, train, processed, tmp_path, monkeypatch):
-    """Killed after its last epoch was saved, before best weights, pictures and confusion matrix were logged."""
+    """Killed after its last epoch was saved, before weights, pictures and confusion matrix were logged."""
     code = f"""
 import os, signal
 from unetseg import run, tracking
 from unetseg.settings import Settings
-tracking.Tracker.log_best = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+tracking.Tracker.log_final = lambda self: os.kill(os.getpid(), signal.SIGKILL)
 run.train(Settings("scratch", {str(processed)!r}, {str(tmp_path / "home" / "scratch")!r}, **{TINY}))
 """
     killed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)

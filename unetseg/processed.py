@@ -55,19 +55,15 @@ def moment(stem: str) -> tuple[str, float] | None:
 
 
 def hold_out(stems: list[str], part: int, parts: int) -> tuple[list[str], list[str], bool]:
-    """The stems of one of `parts` equal parts, those to train on without it, and whether the names tell time.
+    """The stems of one of `parts` equal parts, those to train on without it, and whether the parts are of time.
 
     A part is a stretch of every clip, and frames within GAP seconds of it are left out of training: neighbouring
-    frames are nearly the same picture. Clips too short for that go to a part as a whole. Where names tell no time, the
-    parts are drawn at random, with a fixed seed.
+    frames are nearly the same picture. Clips too short for that go to a part as a whole. Where names tell no time, or
+    too little of it, the parts are drawn at random, with a fixed seed.
     """
-    moments = [moment(stem) for stem in stems]
-    if None in moments:
-        chosen = np.random.RandomState(42).permutation(len(stems)) * parts // len(stems) == part
-        return *([s for s, held in zip(stems, chosen) if held == wanted] for wanted in (True, False)), False
     clips: dict[str, list[tuple[float, str]]] = {}
-    for (clip, second), stem in sorted(zip(moments, stems)):
-        clips.setdefault(clip, []).append((second, stem))
+    for found, stem in sorted((moment(stem) or ("", -1.0), stem) for stem in stems):
+        clips.setdefault(found[0], []).append((found[1], stem))
     held, kept = [], []
     for number, frames in enumerate(clips.values()):
         if frames[-1][0] - frames[0][0] < parts * GAP:
@@ -76,7 +72,10 @@ def hold_out(stems: list[str], part: int, parts: int) -> tuple[list[str], list[s
         inside = [frame for place, frame in enumerate(frames) if place * parts // len(frames) == part]
         held += [stem for _, stem in inside]
         kept += [stem for t, stem in frames if not inside[0][0] - GAP < t < inside[-1][0] + GAP]
-    return held, kept, True
+    if held and kept and "" not in clips:
+        return held, kept, True
+    chosen = np.random.RandomState(42).permutation(len(stems)) * parts // len(stems) == part
+    return *([s for s, inside in zip(stems, chosen) if inside == wanted] for wanted in (True, False)), False
 
 
 def find_split(processed: Path, name: str) -> Split:

@@ -90,7 +90,7 @@ class DataSet:
         """Width and height for a quick run: the shape of the images, few pixels."""
         found = readable(self.splits, 0, self.layout.read_image)
         height, width = found[0][1].shape[:2] if found else (256, 256)
-        small = 48 * max(1, round((18432 * width / height) ** 0.5 / 48))
+        small = 64 * max(1, round((32768 * width / height) ** 0.5 / 64))
         return small, round(small * height / width)
 
     def _unpaired(self, stem: str, image: list[Path], label: list[Path], labelled: bool) -> str:
