@@ -22,7 +22,7 @@ from unetseg import device, train
 from unetseg.data import Batches
 from unetseg.losses import cross_entropy
 from unetseg.model import UNet
-from unetseg.settings import Settings, complete
+from unetseg.settings import Settings, complete, with_preset
 
 BATCH = 8
 
