@@ -57,30 +57,43 @@ def between(draw: Tensor, low: float, high: float) -> Tensor:
     return low + (high - low) * draw
 
 
-@augmentation("flip zoom shift_x shift_y brightness contrast saturation")
-def basic(images: Tensor, masks: Tensor, draws: dict, source: Source | None = None) -> tuple[Tensor, Tensor]:
+@augmentation("flip zoom shift_x shift_y centre instance brightness contrast saturation")
+def basic(
+    images: Tensor, masks: Tensor, draws: dict, source: Source | None = None, centred: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Flip, zoom between 0.6 and 1.4 at a random place, then change brightness, contrast and saturation.
 
-    What a zoom below 1 brings in from outside the image is void.
+    centred  share in [0, 1] of the images in whose middle, or near it, an instance shall lie
+    What a zoom below 1 brings in from outside the image is its reflection.
     """
     mirror = 1 - 2 * (draws["flip"] < 0.5).float()
     scale = 1 / between(draws["zoom"], 0.6, 1.4)  # input pixels per output pixel
     room = (1 - scale).abs()
     theta = scale.new_zeros(len(images), 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = mirror * scale, scale
-    theta[:, 0, 2] = between(draws["shift_x"], -1, 1) * room
-    theta[:, 1, 2] = between(draws["shift_y"], -1, 1) * room
+    for axis, name in enumerate(("shift_x", "shift_y")):
+        theta[:, axis, 2] = between(draws[name], -1, 1) * room
+        if source is not None and centred:
+            middle = _instance(draws, source)[:, axis::2].sum(dim=1) / images.shape[3 - axis] - 1  # in [-1, 1]
+            middle = (middle + between(draws[name], -0.5, 0.5) * scale).clamp(-room, room)
+            chosen = (draws["centre"] < centred) & (source.num_boxes > 0)
+            theta[:, axis, 2] = torch.where(chosen, middle, theta[:, axis, 2])
     images, masks = warp(images, masks, theta)
     return recolour(images, draws), masks
+
+
+def _instance(draws: dict, source: Source) -> Tensor:
+    """(N, 4) x0, y0, x1, y1 of the instance that was drawn for each image."""
+    picked = (draws["instance"] * source.num_boxes).long()
+    return source.boxes[torch.arange(len(picked), device=picked.device), picked]
 
 
 def warp(images: Tensor, masks: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
     """Sample images (bilinear) and masks (nearest) on one affine grid; theta (N, 2, 3) as F.affine_grid takes it."""
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)  # (N, H, W, 2)
-    shifted = (masks + 1) & IGNORE_INDEX  # 255 + 1 wraps to 0: void is 0 here, as is everything outside
-    shifted = F.grid_sample(shifted[:, None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)
-    images = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return images, (shifted[:, 0].long() - 1) & IGNORE_INDEX
+    reflect = {"padding_mode": "reflection", "align_corners": False}
+    masks = F.grid_sample(masks[:, None].float(), grid, mode="nearest", **reflect)[:, 0].long()
+    return F.grid_sample(images, grid, mode="bilinear", **reflect), masks
 
 
 def recolour(images: Tensor, draws: dict) -> Tensor:
@@ -120,8 +133,7 @@ def occlude(
 
 def _rectangles(draws: dict, source: Source, aimed: float, height: int, width: int) -> Tensor:
     """(4, N) x0, y0, x1, y1: a tenth to four tenths of the image's sides, or 0.4 to 1 times those of an instance."""
-    picked = (draws["instance"] * source.num_boxes).long()
-    box = source.boxes[torch.arange(len(picked), device=picked.device), picked]  # (N, 4)
+    box = _instance(draws, source)
     on_instance = (draws["aim"] < aimed) & (source.num_boxes > 0)
     corners = []
     for axis, (shift, extent, side) in enumerate((("x", "width", width), ("y", "height", height))):

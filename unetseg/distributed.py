@@ -73,13 +73,11 @@ def all_sum(value: Tensor | int) -> Tensor | int:
     return AllSum.apply(value) if isinstance(value, Tensor) else int(AllSum.apply(torch.tensor(value)))
 
 
-def average_(buffers: list[Tensor], weight: int) -> None:
-    """Replace each buffer by its weighted mean over the processes; on GPUs SyncBatchNorm keeps them equal."""
-    if world() > 1 and buffers and not buffers[0].is_cuda:
-        flat = all_sum(torch.cat([*(buffer.reshape(-1) for buffer in buffers), torch.ones(1)]) * weight)
-        means = (flat[:-1] / flat[-1]).split([buffer.numel() for buffer in buffers])
-        for buffer, mean in zip(buffers, means):
-            buffer.copy_(mean.view(buffer.shape))
+def average_(vector: Tensor, weight: int) -> None:
+    """Replace a vector by its weighted mean over the processes; on GPUs SyncBatchNorm keeps its parts equal."""
+    if world() > 1 and len(vector) and not vector.is_cuda:
+        total = all_sum(torch.cat([vector, torch.ones(1)]) * weight)
+        vector.copy_(total[:-1] / total[-1])
 
 
 def from_first(make: Callable[[], Value]) -> Value:

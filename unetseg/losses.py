@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from .classes import IGNORE_INDEX
 
+AUXILIARY = 0.3  # weight of the loss of a coarser output
+
 
 def this_process(tensor: Tensor) -> Tensor:
     """`all_sum` where there is one process."""
@@ -61,6 +63,18 @@ def ce_dice(
     """(1 - dice_share) · cross-entropy + dice_share · Dice; dice_share in [0, 1]."""
     ce = cross_entropy(logits, mask, class_weights, all_sum)
     return (1 - dice_share) * ce + dice_share * dice_loss(logits, mask, class_weights, all_sum)
+
+
+def deep_supervision(loss_fn: Callable, outputs: Tensor | list[Tensor], mask: Tensor) -> Tensor:
+    """The loss of the logits, plus AUXILIARY times that of each coarser output, against the pixel under each centre."""
+    if isinstance(outputs, Tensor):
+        return loss_fn(outputs, mask)
+    loss = loss_fn(outputs[0], mask)
+    for logits in outputs[1:]:
+        step = round(outputs[0].shape[-1] / logits.shape[-1])
+        coarse = mask[:, step // 2 :: step, step // 2 :: step]
+        loss = loss + AUXILIARY * loss_fn(logits[..., : coarse.shape[1], : coarse.shape[2]], coarse)
+    return loss
 
 
 LOSSES = {"ce": cross_entropy, "ce_dice": ce_dice, "dice": dice_loss}

@@ -1,5 +1,7 @@
 """The U-Net, with any width and depth and for any input size, and the table of networks."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,8 +32,13 @@ class UNet(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """(N, 3, H, W) float in [0, 1] -> logits (N, C, H, W); any H and W."""
         height, width = image.shape[-2:]
+        return self.head(self.features(image)[-1])[..., :height, :width]
+
+    def features(self, image: Tensor) -> list[Tensor]:
+        """The decoder's features, from the coarsest level up to the size of the padded image."""
+        height, width = image.shape[-2:]
         x = F.pad(image, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
-        skips = []
+        skips, features = [], []
         for block in self.down[:-1]:
             x = block(x)
             skips.append(x)
@@ -39,7 +46,45 @@ class UNet(nn.Module):
         x = self.down[-1](x)
         for up, merge, skip in zip(self.up, self.merge, reversed(skips), strict=True):
             x = merge(torch.cat([skip, up(x)], dim=1))
-        return self.head(x)[..., :height, :width]
+            features.append(x)
+        return features
+
+
+class ContextUNet(UNet):
+    """A U-Net with two dilated convolutions more at its bottleneck, which see more of the street, and with heads of
+    their own, while training, on the two levels below the finest.
+
+    Dilation after Yu & Koltun, ICLR 2016; the heads after Lee et al., "Deeply-Supervised Nets", AISTATS 2015.
+    """
+
+    def __init__(self, num_classes: int, channels: int = 32, depth: int = 4) -> None:
+        super().__init__(num_classes, channels, depth)
+        self.down[-1].append(_Dilated(channels * 2**depth, 2)).append(_Dilated(channels * 2**depth, 4))
+        levels = range(min(2, depth - 1), 0, -1)  # coarse to fine, as `features` has them
+        self.side_heads = nn.ModuleList(nn.Conv2d(channels * 2**level, num_classes, 1) for level in levels)
+        self.apply(_initialise)
+
+    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
+        """Logits (N, C, H, W); while training a list that starts with them and goes on with coarser ones."""
+        height, width = image.shape[-2:]
+        *coarse, fine = self.features(image)
+        logits = self.head(fine)[..., :height, :width]
+        if not self.training:
+            return logits
+        number = len(self.side_heads)
+        return [logits, *(head(x) for head, x in zip(self.side_heads, coarse[len(coarse) - number :], strict=True))]
+
+
+class _Dilated(nn.Sequential):
+    """A residual convolution with holes, in groups of 16 channels."""
+
+    def __init__(self, width: int, dilation: int) -> None:
+        holes = {"padding": dilation, "dilation": dilation, "groups": math.gcd(width, max(1, width // 16))}
+        convolution = nn.Conv2d(width, width, 3, bias=False, **holes)
+        super().__init__(convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
 
 
 def _double_conv(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -57,7 +102,7 @@ def _initialise(layer: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-MODELS = {"unet": UNet}  # name -> function (num_classes, any settings by their names) -> network that returns logits
+MODELS = {"unet": UNet, "context_unet": ContextUNet}  # name -> function (num_classes, any settings by their names) -> network that returns logits
 
 
 def build_model(settings: dict, num_classes: int) -> nn.Module:

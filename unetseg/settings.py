@@ -13,7 +13,7 @@ from typing import get_args, get_origin, get_type_hints
 from .files import UserError
 
 RECIPE = {"loss": "ce", "weighting": "none", "occlusion": 0.0, "half_size": 0.0, "augment": ("occlude", "basic")}
-RECIPE |= {"schedule": "one_cycle", "weight_decay": 0.01}
+RECIPE |= {"optimizer": "muon", "schedule": "one_cycle", "weight_decay": 0.01}
 TUNING = RECIPE | {"epochs": 30, "lr": 1e-3, "weighting": "sqrt", "occlusion": 0.5}
 PRESETS = {  # a stage is a loss x an augmentation x a starting point; the two fine-tunings need `init`
     "scratch": RECIPE | {"epochs": 100, "lr": 3e-3, "half_size": 0.75},
@@ -21,10 +21,10 @@ PRESETS = {  # a stage is a loss x an augmentation x a starting point; the two f
     "ce_dice": TUNING | {"loss": "ce_dice"},
     "published": RECIPE | {"epochs": 100, "lr": 1e-4, "schedule": "constant", "weight_decay": 0.0, "augment": ()},
 }
-PRESETS["published"] |= {"channels": 64, "depth": 3}  # the earlier public run of this plan; Adam, no augmentation
+PRESETS["published"] |= {"model": "unet", "channels": 64, "depth": 3, "optimizer": "adamw"}  # the earlier public run of this plan; Adam, no augmentation
 TITLES = {"scratch": "from scratch, CE", "weighted_ce": "weighted CE + occlusion", "ce_dice": "CE + Dice + occlusion"}
 FINE_TUNINGS = ("weighted_ce", "ce_dice")
-INHERITED = {"model": "unet", "channels": 32, "depth": 4, "void": "ignore"}  # from `init`, or these defaults
+INHERITED = {"model": "context_unet", "channels": 32, "depth": 4, "void": "ignore"}  # from `init`, or these defaults
 FREE = ("data", "out", "init", "epochs", "project", "max_minutes", "num_processes")  # may change when a run resumes
 
 
@@ -51,7 +51,8 @@ class Settings:
     half_size: float | None = knob(None, "share of the epochs that come first, at half the size", low=0, high=1)
     lr: float | None = knob(None, "learning rate, the peak of one_cycle", low=1e-12, high=100)
     schedule: str | None = knob(None, "learning rate over time", choices=("one_cycle", "constant"))
-    weight_decay: float | None = knob(None, "weight decay of AdamW", low=0, high=10)
+    optimizer: str | None = knob(None, "optimiser", choices="optimizers.OPTIMIZERS")
+    weight_decay: float | None = knob(None, "decoupled weight decay", low=0, high=10)
     model: str | None = knob(None, "network", choices="model.MODELS")
     channels: int | None = knob(None, "width of the first level", low=1, high=1024)
     depth: int | None = knob(None, "number of downsamplings", low=1, high=8)
@@ -61,9 +62,10 @@ class Settings:
     weighting: str | None = knob(None, "class weights from pixel frequencies", choices="data.WEIGHTINGS")
     dice_share: float = knob(0.5, "share of Dice in ce_dice; the rest is cross-entropy", low=0, high=1)
     augment: tuple[str, ...] | None = knob(None, "augmentations, in order", choices="augment.AUGMENTATIONS")
+    centred: float = knob(0.5, "share of images with an instance near their middle", low=0, high=1)
     occlusion: float | None = knob(None, "share of images with an occluder", low=0, high=1)
     aimed: float = knob(0.5, "share of occluders placed on an instance", low=0, high=1)
-    aim_at: tuple[str, ...] | None = knob(None, "classes of those instances (default: people)")
+    aim_at: tuple[str, ...] | None = knob(None, "classes of all those instances (default: people)")
     occluded: str = knob("keep", "covered pixels keep their class, or become void", choices=("keep", "void"))
     precision: str = knob("auto", "auto: by rule for the device", choices=("auto", "fp32", "fp16", "bf16"))
     memory_format: str = knob("channels_last", "layout of tensors", choices=("channels_last", "contiguous"))

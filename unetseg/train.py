@@ -26,7 +26,9 @@ from . import checkpoint, distributed
 from .classes import IGNORE_INDEX
 from .device import FORMATS, autocast, out_of_memory
 from .files import UserError
+from .losses import deep_supervision
 from .metrics import METRICS, confusion_matrices, scores
+from .optimizers import OPTIMIZERS
 
 SAVE_SECONDS = 180.0  # of training that a kill may lose
 MAX_SKIPPED = 10  # steps in a row without a finite loss and gradient; fp16 needs some to find its loss scale
@@ -79,7 +81,7 @@ class Stopper:
 
 
 class State:
-    """Everything that changes while training; AdamW (Loshchilov & Hutter, 2019), one-cycle schedules (Smith, 2018).
+    """Everything that changes while training, under one-cycle schedules (Smith, 2018).
 
     run, config    run folder, whose state is loaded, and its config.json; cycles there: last epoch of each schedule
     step, seconds  of the running epoch; `history` has a row per finished one
@@ -96,10 +98,11 @@ class State:
         network = distributed.wrap(self.model)
         self.network = torch.compile(network, dynamic=False) if settings["compile"] else network
         decay = {"weight_decay": settings["weight_decay"]}
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.lr, fused=True, **decay)
+        optimizer = OPTIMIZERS[settings["optimizer"]]
+        self.optimizer = optimizer(self.model.parameters(), lr=self.lr, fused=True, **decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]  # of BatchNorm
         self.average = AveragedModel(self.model, use_buffers=True)
+        self.statistics = joined([buffer for buffer in self.model.buffers() if buffer.is_floating_point()])
         self.saved, self.cost = time.monotonic(), 0.0
         zero = {"history": [], "step": 0, "seconds": 0.0, "confusion": None}
         zero |= {"sums": torch.zeros(4, dtype=torch.float64)}
@@ -224,8 +227,8 @@ def train_one_epoch(state: State, batches: Iterable, loss_fn: Callable, bar: tqd
     state.model.train()
     schedule, started = state.schedule(), time.perf_counter() - state.seconds
     for images, masks, _ in batches:
-        statistics = [buffer.clone() for buffer in state.statistics]
-        loss = loss_fn(forward(state.network, images, state.precision), masks)
+        statistics = state.statistics.clone()
+        loss = deep_supervision(loss_fn, forward(state.network, images, state.precision), masks)
         state.scaler.scale(loss).backward()
         state.scaler.unscale_(state.optimizer)
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
@@ -236,8 +239,7 @@ def train_one_epoch(state: State, batches: Iterable, loss_fn: Callable, bar: tqd
         schedule.step()
         state.optimizer.zero_grad(set_to_none=True)
         distributed.average_(state.statistics, len(images))
-        for buffer, old in zip(state.statistics, statistics):
-            buffer.copy_(torch.where(finite, buffer, old))
+        state.statistics.copy_(torch.where(finite, state.statistics, statistics))
         num_images = distributed.all_sum(len(images))
         total, seen, skipped, in_a_row = state.sums.unbind()
         sums = total + loss.detach().where(finite, 0) * num_images, seen + finite * num_images, skipped + ~finite
@@ -249,10 +251,20 @@ def train_one_epoch(state: State, batches: Iterable, loss_fn: Callable, bar: tqd
             bar.set_postfix({"epoch": state.epoch, "loss": f"{state.train_loss():.3f}"}, refresh=False)
 
 
-def forward(network: nn.Module, images: Tensor, precision: str) -> Tensor:
-    """Logits (N, C, H, W) float32 of images (N, 3, H, W), computed in "fp32", "fp16" or "bf16"."""
+def joined(buffers: list[Tensor]) -> Tensor:
+    """One vector, of which the buffers (BatchNorm's statistics) are views from now on."""
+    vector = torch.cat([buffer.flatten() for buffer in buffers]) if buffers else torch.empty(0)
+    for buffer, part in zip(buffers, vector.split([buffer.numel() for buffer in buffers])):
+        buffer.data = part.view(buffer.shape)
+    return vector
+
+
+def forward(network: nn.Module, images: Tensor, precision: str) -> Tensor | list[Tensor]:
+    """Logits (N, C, H, W) float32 of images (N, 3, H, W), computed in "fp32", "fp16" or "bf16"; of some networks, while
+    they train, a list that goes on with coarser ones."""
     with autocast(images.device, precision if len(images) else "fp32"):  # SyncBatchNorm has no dtype for no images
-        return network(images).float()
+        outputs = network(images)
+    return outputs.float() if isinstance(outputs, Tensor) else [logits.float() for logits in outputs]
 
 
 @dataclass

@@ -132,8 +132,9 @@ def predict_all(model: torch.nn.Module, images: np.ndarray, batch: int = 8) -> n
 
 def counts(preds: np.ndarray, masks: np.ndarray, number: int, kept: np.ndarray | None = None) -> np.ndarray:
     """(N, C + 1, C) pixels, truth x prediction with void last, of the kept ones (N, H, W) bool."""
-    kept = None if kept is None else torch.from_numpy(kept)
-    return confusion_matrices(torch.from_numpy(preds), torch.from_numpy(masks), number, kept).numpy()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors = [None if array is None else torch.from_numpy(array).to(device) for array in (preds, masks, kept)]
+    return confusion_matrices(*tensors[:2], number, tensors[2]).cpu().numpy()
 
 
 def pooled(found: np.ndarray, void: str) -> float | None:

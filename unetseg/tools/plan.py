@@ -2,7 +2,8 @@
 
 A plan is a TOML file with `name`, `precision`, `seeds`, `folds` (without them a run trains on the whole of train), what
 all rows share under [settings], and a table [rows.<name>] each: a `title` and settings, of which `init` names an
-earlier row, whose run of the same seed and fold it starts from. Rows with `control` are compared with that row.
+earlier row, whose run of the same seed and fold it starts from, or else a file of weights. Rows with `control` are
+compared with that row.
 """
 
 import json
@@ -14,16 +15,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
 
 from .. import checkpoint
+from ..data import Batches, SegmentationSet, load_split
+from ..device import pick_device
 from ..evaluation import difference, evaluate_run, headline, verdicts
 from ..evaluation.compare import pooled_iou, pooled_miou, read_confusions, time_blocks
 from ..evaluation.details import mean
 from ..evaluation.robustness import unseen_occluders
 from ..files import UserError, atomic_open, make_folder, read_bytes, write_json
+from ..inference import trained_model
+from ..metrics import confusion_matrices, scores
 from ..run import train
 from ..settings import KNOBS, Settings, check
+from ..train import forward
 
 ALL = ("name", "data", "precision", "seeds", "folds", "settings", "rows")
 ROW = ("title", "control", *KNOBS)
@@ -55,7 +62,8 @@ def read_plan(path: Path) -> dict:
             raise ValueError(f"the unknown {', '.join(unknown)}" if unknown else "a plan without rows or seeds")
         for place, (name, row) in enumerate(rows.items()):
             for key in {"init", "control"} & {*row}:
-                if row[key] not in list(rows)[: place if key == "init" else None]:
+                known = list(rows)[: place if key == "init" else None]
+                if row[key] not in known and not (key == "init" and Path(row[key]).is_file()):
                     raise ValueError(f"{name}.{key}, which names no {'earlier ' * (key == 'init')}row: {row[key]!r}")
             check(settings_of(plan, Job(name, plan["seeds"][0], plan["folds"][0]), Path(), Path()))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
@@ -73,7 +81,7 @@ def settings_of(plan: dict, job: Job, data: Path, out: Path) -> Settings:
     """The settings of one run."""
     row = plan["rows"][job.row]
     chosen = plan["settings"] | {key: value for key, value in row.items() if key in KNOBS}
-    if "init" in row:
+    if row.get("init") in plan["rows"]:
         chosen["init"] = str(out / Job(row["init"], job.seed, job.fold).name)
     fixed = {"seed": job.seed, "fold": job.fold, "precision": plan["precision"], "data": data, "out": out / job.name}
     return Settings(**chosen | fixed)
@@ -114,6 +122,7 @@ def children(plan: dict, job: Job) -> list[Job]:
 def is_next(plan: dict, job: Job, out: Path, results: Path) -> bool:
     """Whether a run is still to be done, for its result or for the weights that another one starts from, and can be."""
     init = plan["rows"][job.row].get("init")
+    init = init if init in plan["rows"] else None
     if init and not (out / replace(job, row=init).name / checkpoint.WEIGHTS).is_file():
         return False
     if init and not results_path(results, replace(job, row=init)).is_file():
@@ -139,6 +148,7 @@ def do(plan: dict, job: Job, data: Path, out: Path, results: Path, max_minutes: 
     facts |= {key: value["mean"] for key, value in details.items() if key.startswith("boundary_")}
     facts |= {key: details[key] for key in ("iou_by_size", "calibration_error")}
     facts["lost_under_occluders"] = unseen_occluders(run, data, found["split"])
+    facts["flipped"] = flipped_scores(run, load_split(data, found["split"]))
     confusions = read_confusions(run, found["split"])[1].astype(np.uint32)
     with atomic_open(results_path(results, job), durable=True) as file:
         np.savez_compressed(file, facts=json.dumps(facts), confusions=confusions)
@@ -147,6 +157,17 @@ def do(plan: dict, job: Job, data: Path, out: Path, results: Path, max_minutes: 
         if done and other.fold is not None:
             shutil.rmtree(out / other.name, ignore_errors=True)
     return True
+
+
+@torch.inference_mode()
+def flipped_scores(run: Path, dataset: SegmentationSet) -> dict[str, float]:
+    """mIoU, and IoU of people, of predictions that are means over an image and its mirror image."""
+    (model, about), device, found = trained_model(run), pick_device(), []
+    for images, masks, _ in Batches(dataset, 8, device).epoch():
+        both = [forward(model, x, "fp32").softmax(dim=1) for x in (images, images.flip(-1))]
+        found.append(confusion_matrices((both[0] + both[1].flip(-1)).argmax(dim=1), masks, len(about["classes"])))
+    score = scores(torch.cat(found).sum(dim=0).cpu().numpy(), about["classes"], about["void"])
+    return {"mIoU": score["miou"]} | {name: score["classes"][name]["iou"] for name in about["people"]}
 
 
 def read_results(plan: dict, results: Path) -> dict[Job, tuple[dict, np.ndarray]]:
@@ -204,7 +225,7 @@ def statistics(by_seed: dict[int, list]) -> dict:
 def flatten(facts: dict) -> dict[str, float | None]:
     """The numbers of a run under one name each, such as "iou_by_size person small"."""
     numbers = {}
-    for group in ("scores", "precision", "recall", "iou_by_size", "lost_under_occluders"):
+    for group in ("scores", "flipped", "precision", "recall", "iou_by_size", "lost_under_occluders"):
         for name, value in facts[group].items():
             more = value if isinstance(value, dict) else {"": value}
             numbers |= {f"{group} {name} {key}".strip(): number for key, number in more.items()}
