@@ -13,7 +13,7 @@ from unetseg import run
 from unetseg.__main__ import main
 from unetseg.losses import LOSSES, cross_entropy
 
-SITTING = ["settings", "classes", "processed", "data", "augment", "losses", "model", "metrics"]
+SITTING = ["settings", "classes", "processed", "data", "augment", "losses", "model", "optimizers", "metrics"]
 SITTING += ["train", "run", "checkpoint", "distributed", "device"]
 AROUND = ["__init__", "__main__", "images", "inference", "tracking", "plots", "files"]
 BUDGETS = {  # lines, docstrings and comments included, blank ones not
@@ -68,7 +68,7 @@ def test_arrows_point_one_way():
     for name in ("augment", "losses", "metrics"):
         assert uses[name] == {"classes"}, name
     assert uses["model"] == {"settings"} and uses["device"] == uses["distributed"] == {"files"}
-    assert uses["train"] == {"checkpoint", "distributed", "classes", "device", "files", "metrics"}
+    assert uses["train"] == {"checkpoint", "distributed", "classes", "device", "files", "losses", "metrics", "optimizers"}
     assert [name for name, used in uses.items() if "run" in used] == ["__main__"]
     for part in ("tools", "evaluation"):
         assert [name for name, used in uses.items() if part in used] == ["__main__"]

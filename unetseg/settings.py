@@ -14,14 +14,15 @@ from .files import UserError
 
 RECIPE = {"loss": "ce", "weighting": "none", "occlusion": 0.0, "half_size": 0.0, "augment": ("occlude", "basic")}
 RECIPE |= {"optimizer": "muon", "schedule": "one_cycle", "weight_decay": 0.01}
-TUNING = RECIPE | {"epochs": 30, "lr": 1e-3, "weighting": "sqrt", "occlusion": 0.5}
+TUNING = RECIPE | {"epochs": 30, "lr": 1e-3, "occlusion": 0.5}
+PUBLISHED = RECIPE | {"epochs": 100, "lr": 1e-4, "schedule": "constant", "weight_decay": 0.0, "augment": ()}
+PUBLISHED |= {"model": "unet", "channels": 64, "depth": 3, "optimizer": "adamw"}
 PRESETS = {  # a stage is a loss x an augmentation x a starting point; the two fine-tunings need `init`
     "scratch": RECIPE | {"epochs": 100, "lr": 3e-3, "half_size": 0.75},
-    "weighted_ce": TUNING,
+    "weighted_ce": TUNING | {"weighting": "sqrt"},
     "ce_dice": TUNING | {"loss": "ce_dice"},
-    "published": RECIPE | {"epochs": 100, "lr": 1e-4, "schedule": "constant", "weight_decay": 0.0, "augment": ()},
+    "published": PUBLISHED,  # what this plan's earlier public run used
 }
-PRESETS["published"] |= {"model": "unet", "channels": 64, "depth": 3, "optimizer": "adamw"}  # the earlier public run of this plan; Adam, no augmentation
 TITLES = {"scratch": "from scratch, CE", "weighted_ce": "weighted CE + occlusion", "ce_dice": "CE + Dice + occlusion"}
 FINE_TUNINGS = ("weighted_ce", "ce_dice")
 INHERITED = {"model": "context_unet", "channels": 32, "depth": 4, "void": "ignore"}  # from `init`, or these defaults

@@ -1,6 +1,6 @@
 """Store the weights of a finished run in 16 bits, as weights/<name>.safetensors; they predict and start fine-tunings.
 
-    python weights/publish.py RUN NAME
+python weights/publish.py RUN NAME
 """
 
 import sys
