@@ -1,6 +1,6 @@
 """Build the PDF report from results files; no number in it is typed by hand.
 
-python report/build.py                 report/results/*.json -> report/UNet_Model_Training_Report.pdf
+python report/build.py                 report/results/ -> report/UNet_Model_Training_Report.pdf
 python report/build.py --runs RUNS     first copy what a finished `make run` left in RUNS into report/results/
 """
 
@@ -91,11 +91,12 @@ def draw_charts(results: dict, folder: Path, number: int) -> None:
         plots.save(figure, folder / f"{number}_{chart}.svg")
 
 
-def build(pictures: Path, results: list[dict], pdf: Path, seeds: list[dict] = ()) -> Path:
+def build(pictures: Path, results: list[dict], pdf: Path, seeds: list[dict] = (), plans: list[dict] = ()) -> Path:
     """Write the report of one or more collected results to `pdf`.
 
     pictures  folder with samples.jpg and predictions.jpg of the first results; what is missing is left out
     seeds     summaries over several seeds, as benchmarks/seeds.py writes them
+    plans     summaries of plans
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -104,7 +105,9 @@ def build(pictures: Path, results: list[dict], pdf: Path, seeds: list[dict] = ()
         found = [picture for picture in PICTURES if (pictures / picture).is_file()]
         for picture in found:
             shutil.copy(pictures / picture, folder)
-        write_json(folder / "report.json", {"results": results, "seeds": list(seeds), "pictures": found})
+        tables = [{"columns": PLAN_COLUMNS, "rows": plan_cells(plan), "note": plan_note(plan)} for plan in plans]
+        contents = {"results": results, "seeds": list(seeds), "plans": tables, "pictures": found}
+        write_json(folder / "report.json", contents)
         shutil.copy(ROOT / "report" / "report.typ", folder)
         fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
         make_folder(pdf.parent)
@@ -149,30 +152,45 @@ def seeds_table(seeds: dict) -> str:
     return markdown([*names, "minutes"], rows, note)
 
 
-def results_table(results: dict) -> str:
-    """The README's table of one run of the three stages."""
-    context, runs = results["context"], results["runs"].values()
-    names = [*context["classes"], "mIoU"]
+def plan_cells(summary: dict) -> dict[str, list[str]]:
+    """Of each row of a plan that has results: mIoU, IoU of people, what is lost under occluders, and the difference to
+    its control in points of mIoU and of people, with 95 % intervals; and the number of seeds."""
     rows = {}
-    for run in runs:
-        cells = ["–" if run["scores"][name] is None else f"{run['scores'][name]:.3f}".lstrip("0") for name in names]
-        rows[run["title"]] = [*cells, f"{run['minutes']:.0f}"]
-    epochs = " + ".join(str(len(run["history"])) for run in runs)
-    note = (
-        f"IoU on {results['name']} ({context['class_set']}), one seed: {context['split_note']} "
-        f"(split {context['split']}), {'x'.join(map(str, context['size']))}, "
-        f"void rule {context['void']}, {context['train_images']} training images, {epochs} epochs, "
-        f"{context['parameters'] / 1e6:.2f} M parameters, {context['device']}, torch {context['torch']}."
+    for row in (row for row in summary["rows"].values() if "mean" in row):
+        cells, mean, std = [], row["mean"], row["std"]
+        for key in ("scores mIoU", "scores person"):
+            cells.append(f"{mean[key]:.3f}" + (f" ± {std[key]:.3f}" if key in std else ""))
+        lost = [value for key, value in mean.items() if key.startswith("lost_under_occluders")]
+        cells.append(f"{np.mean(lost):.3f}")
+        for score in ("miou", "person_iou"):
+            verdict = row.get(f"{score}_against_control", {})
+            ends = verdict.get("interval")
+            said = f"{100 * verdict['difference']:+.1f} ({100 * ends[0]:+.1f} to {100 * ends[1]:+.1f})" if ends else "–"
+            cells.append(said)
+        rows[row["title"]] = [cell.replace("0.", ".") if cell[0] == "0" else cell for cell in cells]
+        rows[row["title"]].append(str(len(row["seeds"])))
+    return rows
+
+
+PLAN_COLUMNS = ["mIoU", "person", "lost under occluders", "points of mIoU", "of person", "seeds"]
+
+
+def plan_note(summary: dict) -> str:
+    """What the numbers of a plan are."""
+    context, rows = summary["context"], summary["rows"].values()
+    controls = dict.fromkeys(summary["rows"][row["control"]]["title"] for row in rows if row["control"])
+    return (
+        f"{summary['name']}: means over {len(summary['folds'])} folds, {context['size']}, {summary['precision']}, "
+        f"{context['device']}, torch {context['torch']}. Points are differences to the row's control "
+        f"({', '.join(controls)}), with 95 % intervals over blocks of ten seconds."
     )
-    return markdown([*names, "minutes"], rows, note)
 
 
 def readme_results(files: list[dict]) -> str:
-    """What stands between the README's markers: seeds on drawn scenes, then real data."""
+    """What stands between the README's markers: the plans on real data, then seeds on drawn scenes."""
     files = as_text(files)
-    seeds = [seeds_table(file) for file in files if "seeds" in file]
-    real = [results_table(file) for file in files if "runs" in file and not file["name"].startswith("drawn")]
-    return "\n\n".join([*seeds, *real])
+    plans = [markdown(PLAN_COLUMNS, plan_cells(file), plan_note(file)) for file in files if "rows" in file]
+    return "\n\n".join([*plans, *(seeds_table(file) for file in files if "seeds" in file)])
 
 
 def update_readme(files: list[dict]) -> None:
@@ -203,11 +221,12 @@ def main() -> int:
     args = parser.parse_args()
     for home in args.runs:
         adopt(home)
-    files = [read_json(path) for path in sorted(RESULTS.glob("*.json"))]
+    files = [read_json(path) for path in sorted([*RESULTS.glob("*.json"), *RESULTS.glob("*/summary.json")])]
     results = sorted((file for file in files if "runs" in file), key=lambda file: not file["name"].startswith("drawn"))
     seeds = [file for file in files if "seeds" in file]
     update_readme(files)
-    pdf = build(RESULTS, results, ROOT / "report" / "UNet_Model_Training_Report.pdf", seeds)
+    plans = [file for file in files if "rows" in file]
+    pdf = build(RESULTS, results, ROOT / "report" / "UNet_Model_Training_Report.pdf", seeds, plans)
     print(f"written to {pdf.relative_to(ROOT)}")
     return 0
 

@@ -30,7 +30,12 @@ class Muon(torch.optim.AdamW):
         finite = 1 - getattr(self, "found_inf", torch.zeros((), device=filters[0].device))
         matrices = []
         for p in filters:
-            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            if not self.state[p]:
+                self.state[p] |= {
+                    "momentum": torch.zeros_like(p),
+                    "step": torch.zeros(()),
+                }  # AdamW loads no state without
+            momentum = self.state[p]["momentum"]
             momentum.lerp_(torch.where(finite > 0, p.grad, momentum), 1 - MOMENTUM)
             p.grad = None  # nothing is left for AdamW
             matrices.append(momentum.flatten(1))

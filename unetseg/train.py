@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -102,7 +103,9 @@ class State:
         self.optimizer = optimizer(self.model.parameters(), lr=self.lr, fused=True, **decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.average = AveragedModel(self.model, use_buffers=True)
-        self.statistics = joined([buffer for buffer in self.model.buffers() if buffer.is_floating_point()])
+        buffers = [torch.empty(0), *(b for b in self.model.buffers() if b.is_floating_point())]  # of BatchNorm
+        self.statistics = parameters_to_vector(b.to(self.device) for b in buffers)
+        vector_to_parameters(self.statistics, buffers)  # which become views of the one vector
         self.saved, self.cost = time.monotonic(), 0.0
         zero = {"history": [], "step": 0, "seconds": 0.0, "confusion": None}
         zero |= {"sums": torch.zeros(4, dtype=torch.float64)}
@@ -249,14 +252,6 @@ def train_one_epoch(state: State, batches: Iterable, loss_fn: Callable, bar: tqd
         bar.update(num_images)
         if state.device.type == "cpu" or state.step % LOOK_STEPS == 0:
             bar.set_postfix({"epoch": state.epoch, "loss": f"{state.train_loss():.3f}"}, refresh=False)
-
-
-def joined(buffers: list[Tensor]) -> Tensor:
-    """One vector, of which the buffers (BatchNorm's statistics) are views from now on."""
-    vector = torch.cat([buffer.flatten() for buffer in buffers]) if buffers else torch.empty(0)
-    for buffer, part in zip(buffers, vector.split([buffer.numel() for buffer in buffers])):
-        buffer.data = part.view(buffer.shape)
-    return vector
 
 
 def forward(network: nn.Module, images: Tensor, precision: str) -> Tensor | list[Tensor]:

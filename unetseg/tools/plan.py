@@ -193,6 +193,7 @@ def summarise(plan: dict, results: Path) -> dict:
         seeds = [s for s in plan["seeds"] if all(Job(name, s, fold) in done for fold in plan["folds"])]
         found[name] = {seed: [done[Job(name, seed, fold)] for fold in plan["folds"]] for seed in seeds}
         rows[name] = {"title": row.get("title", name), "seeds": seeds, "runs": sum(job.row == name for job in done)}
+        rows[name]["control"] = row.get("control")
         if seeds:
             rows[name] |= statistics(found[name])
     for score, class_name in {"miou": None, **{f"{name}_iou": name for name in people(done)}}.items():
@@ -204,8 +205,16 @@ def summarise(plan: dict, results: Path) -> dict:
         for name, verdict in verdicts(compared).items():
             rows[name][f"{score}_against_control"] = verdict
     summary = {"name": plan["name"], "precision": plan["precision"], "folds": plan["folds"], "rows": rows}
+    same = {
+        key: sorted({str(facts[key]) for facts, _ in done.values()}) for key in ("size", "device", "torch", "commit")
+    }
+    summary["context"] = {key: " / ".join(values) for key, values in same.items()}
     write_json(results / "summary.json", summary)
     return summary
+
+
+def as_text(value: str | list[int]) -> str:
+    return value if isinstance(value, str) else "x".join(map(str, value))
 
 
 def people(done: dict) -> list[str]:
