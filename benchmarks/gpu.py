@@ -30,7 +30,7 @@ CUDA = torch.cuda.is_available()
 
 def train(home: Path, name: str, **changes: object) -> list[dict]:
     """A short run of a small network; its history."""
-    chosen = {"channels": 8, "depth": 3, "epochs": 2, "batch_size": 8} | changes
+    chosen = {"model": "unet", "channels": 8, "depth": 3, "epochs": 2, "batch_size": 8} | changes
     return run.train(Settings("scratch", home / "processed", home / name, **chosen), log=lambda row: None)
 
 
@@ -93,7 +93,7 @@ def compiled(home: Path) -> dict | str:
 def out_of_memory(home: Path) -> dict | str:
     if not CUDA:
         return "not run: no GPU"
-    torch.cuda.set_per_process_memory_fraction(0.005)
+    torch.cuda.set_per_process_memory_fraction(0.001)
     try:
         train(home, "memory", channels=64, batch_size=64)
     except TrainingStopped as error:

@@ -95,7 +95,6 @@ def build(pictures: Path, results: list[dict], pdf: Path, seeds: list[dict] = ()
     """Write the report of one or more collected results to `pdf`.
 
     pictures  folder with samples.jpg and predictions.jpg of the first results; what is missing is left out
-    seeds     summaries over several seeds, as benchmarks/seeds.py writes them
     plans     summaries of plans
     """
     with tempfile.TemporaryDirectory() as name:
@@ -106,7 +105,7 @@ def build(pictures: Path, results: list[dict], pdf: Path, seeds: list[dict] = ()
         for picture in found:
             shutil.copy(pictures / picture, folder)
         tables = [{"columns": PLAN_COLUMNS, "rows": plan_cells(plan), "note": plan_note(plan)} for plan in plans]
-        contents = {"results": results, "seeds": list(seeds), "plans": tables, "pictures": found}
+        contents = {"results": results, "plans": tables, "pictures": found}
         write_json(folder / "report.json", contents)
         shutil.copy(ROOT / "report" / "report.typ", folder)
         fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -133,23 +132,6 @@ def markdown(names: list[str], rows: dict[str, list[str]], note: str) -> str:
     lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     lines += [f"| {title} | {' | '.join(cells)} |" for title, cells in rows.items()]
     return "\n".join([*lines, "", note])
-
-
-def seeds_table(seeds: dict) -> str:
-    """The README's table over several seeds."""
-    names = [*seeds["classes"], "mIoU"]
-    rows = {}
-    for row in seeds["stages"].values():
-        cells = [f"{row['mean'][name]:.3f} ± {row['std'][name]:.3f}".replace("0.", ".") for name in names]
-        rows[row["title"]] = [*cells, f"{row['minutes']:.1f}"]
-    note = (
-        f"IoU on drawn scenes, mean ± standard deviation over the seeds {', '.join(map(str, seeds['seeds']))}: "
-        f"{seeds['split_note']} (split {seeds['split']}), {'x'.join(map(str, seeds['size']))}, "
-        f"void rule {seeds['void']}, {seeds['train_images']} training images, "
-        f"{seeds['epochs']} + {seeds['tune_epochs']} epochs, {seeds['parameters'] / 1e6:.2f} M parameters, "
-        f"{seeds['device']}, torch {seeds['torch']}. The control continues the first stage as long as a fine-tuning."
-    )
-    return markdown([*names, "minutes"], rows, note)
 
 
 def plan_cells(summary: dict) -> dict[str, list[str]]:
@@ -187,10 +169,9 @@ def plan_note(summary: dict) -> str:
 
 
 def readme_results(files: list[dict]) -> str:
-    """What stands between the README's markers: the plans on real data, then seeds on drawn scenes."""
-    files = as_text(files)
-    plans = [markdown(PLAN_COLUMNS, plan_cells(file), plan_note(file)) for file in files if "rows" in file]
-    return "\n\n".join([*plans, *(seeds_table(file) for file in files if "seeds" in file)])
+    """What stands between the README's markers: a table of each plan."""
+    plans = (file for file in as_text(files) if "rows" in file)
+    return "\n\n".join(markdown(PLAN_COLUMNS, plan_cells(plan), plan_note(plan)) for plan in plans)
 
 
 def update_readme(files: list[dict]) -> None:
@@ -203,11 +184,6 @@ def update_readme(files: list[dict]) -> None:
 
 def adopt(home: Path) -> None:
     """Copy a finished run's results into report/results/: numbers always, pictures only of drawn scenes."""
-    seeds = sorted(home.glob("seeds_*.json"))
-    for path in seeds:
-        shutil.copy(path, RESULTS)
-    if seeds:
-        return
     write_json(RESULTS / f"{home.name}.json", collect(home))
     if home.name.startswith("drawn"):
         for picture in PICTURES:
@@ -216,17 +192,16 @@ def adopt(home: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    finished = "folders of finished `make run`s, or of benchmarks/seeds.py, to copy from"
+    finished = "folders of finished `make run`s to copy from"
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help=finished)
     args = parser.parse_args()
     for home in args.runs:
         adopt(home)
     files = [read_json(path) for path in sorted([*RESULTS.glob("*.json"), *RESULTS.glob("*/summary.json")])]
     results = sorted((file for file in files if "runs" in file), key=lambda file: not file["name"].startswith("drawn"))
-    seeds = [file for file in files if "seeds" in file]
     update_readme(files)
     plans = [file for file in files if "rows" in file]
-    pdf = build(RESULTS, results, ROOT / "report" / "UNet_Model_Training_Report.pdf", seeds, plans)
+    pdf = build(RESULTS, results, ROOT / "report" / "UNet_Model_Training_Report.pdf", plans)
     print(f"written to {pdf.relative_to(ROOT)}")
     return 0
 

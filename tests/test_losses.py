@@ -4,7 +4,7 @@ import pytest
 import torch
 from monai.losses import DiceLoss
 
-from unetseg.losses import ce_dice, cross_entropy, dice_loss
+from unetseg.losses import ce_dice, cross_entropy, deep_supervision, dice_loss
 
 V = 255
 HALF = torch.zeros(1, 2, 2, 2)  # both classes at 1/2, 2x2 pixels
@@ -73,3 +73,12 @@ def test_ratio_is_what_it_says():
     ce, dice = cross_entropy(logits, truth).item(), dice_loss(logits, truth).item()
     assert ce_dice(logits, truth, dice_share=0.7).item() == pytest.approx(0.3 * ce + 0.7 * dice)
     assert 0 <= dice <= 1
+
+
+def test_deep_supervision_adds_three_tenths_of_each_coarser_loss():
+    """Of 5x6 pixels, padded to 8x8, the coarse logits are compared with (1, 1), (1, 3), (1, 5), (3, 1) and so on."""
+    torch.manual_seed(0)
+    fine, coarse, truth = torch.randn(2, 3, 5, 6), torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 5, 6))
+    expected = cross_entropy(fine, truth) + 0.3 * cross_entropy(coarse[..., :2, :3], truth[:, 1::2, 1::2])
+    assert deep_supervision(cross_entropy, [fine, coarse], truth).item() == pytest.approx(expected.item())
+    assert deep_supervision(cross_entropy, fine, truth) == cross_entropy(fine, truth)

@@ -1,23 +1,38 @@
 import pytest
 import torch
 
-from unetseg.model import UNet
+from unetseg.model import MODELS, ContextUNet, UNet
 
 
+@pytest.mark.parametrize("make", MODELS.values())
 @pytest.mark.parametrize("height, width", [(64, 64), (50, 75), (17, 33), (1, 1)])
-def test_logits_have_the_inputs_size(height, width):
-    assert UNet(7, channels=4, depth=3)(torch.rand(2, 3, height, width)).shape == (2, 7, height, width)
+def test_logits_have_the_inputs_size(make, height, width):
+    assert make(7, channels=4, depth=3).eval()(torch.rand(2, 3, height, width)).shape == (2, 7, height, width)
 
 
-@pytest.mark.parametrize("channels, depth, millions", [(64, 3, 7.7), (64, 4, 31.0), (16, 4, 1.9), (32, 4, 7.8)])
-def test_known_sizes(channels, depth, millions):
-    num_weights = sum(weight.numel() for weight in UNet(7, channels, depth).parameters())
+@pytest.mark.parametrize("make, channels, depth, millions", [
+    (UNet, 64, 3, 7.7), (UNet, 64, 4, 31.0), (UNet, 16, 4, 1.9), (UNet, 32, 4, 7.8),
+    (ContextUNet, 16, 4, 2.0), (ContextUNet, 32, 4, 7.9),
+])  # fmt: skip
+def test_known_sizes(make, channels, depth, millions):
+    num_weights = sum(weight.numel() for weight in make(7, channels, depth).parameters())
     assert num_weights / 1e6 == pytest.approx(millions, abs=0.07)
 
 
-def test_every_weight_gets_a_gradient():
-    model = UNet(7, channels=4, depth=2)
-    model(torch.rand(2, 3, 16, 16)).square().mean().backward()
+@pytest.mark.parametrize(
+    "depth, shapes", [(1, [(50, 75)]), (2, [(50, 75), (26, 38)]), (3, [(50, 75), (14, 20), (28, 40)])]
+)
+def test_side_heads_answer_at_a_quarter_and_at_half_the_size_while_training(depth, shapes):
+    model = ContextUNet(7, channels=4, depth=depth)
+    assert [tuple(out.shape[2:]) for out in model(torch.rand(2, 3, 50, 75))] == shapes
+    assert model.eval()(torch.rand(2, 3, 50, 75)).shape == (2, 7, 50, 75)
+
+
+@pytest.mark.parametrize("make", MODELS.values())
+def test_every_weight_gets_a_gradient(make):
+    model = make(7, channels=4, depth=2)
+    outputs = model(torch.rand(2, 3, 32, 32))
+    sum(output.square().mean() for output in (outputs if isinstance(outputs, list) else [outputs])).backward()
     assert all(weight.grad.abs().sum() > 0 for name, weight in model.named_parameters() if "bias" not in name)
 
 

@@ -33,7 +33,7 @@ from unetseg.settings import (
     ({"aim_at": "person"}, "aim_at: expected a list of names, such as ['person']; found 'person'"),
     ({"augment": ("rain",)}, "augment: expected a list of names, such as ['basic', 'occlude']"),
     ({"loss": "focal"}, "loss: expected one of ce, ce_dice, dice; found 'focal'"),
-    ({"model": "segformer"}, "model: expected one of unet; found 'segformer'"),
+    ({"model": "segformer"}, "model: expected one of unet, context_unet; found 'segformer'"),
     ({"void": "none"}, "void: expected one of ignore, background; found 'none'"),
     ({"stage": "tuning"}, "stage: expected one of scratch, weighted_ce, ce_dice, published; found 'tuning'"),
     ({"batch_size": None}, "batch_size: expected a whole number"),

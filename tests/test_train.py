@@ -19,7 +19,7 @@ from unetseg.device import out_of_memory
 from unetseg.files import UserError, write_json
 from unetseg.losses import cross_entropy
 from unetseg.metrics import scores
-from unetseg.model import UNet
+from unetseg.model import UNet, build_model
 from unetseg.settings import Settings
 from unetseg.train import State, Stopper, TrainingStopped, evaluate, fit
 
@@ -45,7 +45,14 @@ class Stopping(Stopper):
 
 def learn(sets, folder, epochs=4, loss_fn=cross_entropy, log=lambda row: None, stopper=None, batch_size=2, **changes):
     """Train a tiny network on three batches an epoch; returns the state and the history."""
-    chosen = {"channels": 4, "depth": 2, "epochs": epochs, "precision": "fp32", "occlusion": 0.0} | changes
+    chosen = {
+        "model": "unet",
+        "channels": 4,
+        "depth": 2,
+        "epochs": epochs,
+        "precision": "fp32",
+        "occlusion": 0.0,
+    } | changes
     settings = run.resolve(Settings(out=str(folder), batch_size=batch_size, **chosen))
     splits = {name: {"sha256": s.split.sha256} for name, s in zip(("train", "val"), sets)}
     config = {
@@ -60,7 +67,7 @@ def learn(sets, folder, epochs=4, loss_fn=cross_entropy, log=lambda row: None, s
     write_json(folder / checkpoint.CONFIG, config)
     torch.manual_seed(0)
     train_batches = Batches(sets[0], batch_size, CPU, settings)
-    state = State(UNet(7, 4, 2), folder, config, len(train_batches), stopper or Stopper())
+    state = State(build_model(asdict(settings), 7), folder, config, len(train_batches), stopper or Stopper())
     return state, fit(state, loss_fn, train_batches, Batches(sets[1], batch_size, CPU), log)
 
 

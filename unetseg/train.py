@@ -103,9 +103,9 @@ class State:
         self.optimizer = optimizer(self.model.parameters(), lr=self.lr, fused=True, **decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.average = AveragedModel(self.model, use_buffers=True)
-        buffers = [torch.empty(0), *(b for b in self.model.buffers() if b.is_floating_point())]  # of BatchNorm
-        self.statistics = parameters_to_vector(b.to(self.device) for b in buffers)
-        vector_to_parameters(self.statistics, buffers)  # which become views of the one vector
+        statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]  # of BatchNorm
+        self.statistics = parameters_to_vector(statistics or [torch.empty(0, device=self.device)])
+        vector_to_parameters(self.statistics, statistics)  # they become views of the one vector
         self.saved, self.cost = time.monotonic(), 0.0
         zero = {"history": [], "step": 0, "seconds": 0.0, "confusion": None}
         zero |= {"sums": torch.zeros(4, dtype=torch.float64)}
