@@ -26,7 +26,11 @@ from unetseg.settings import FREE, TITLES
 
 RESULTS = ROOT / "report" / "results"
 PICTURES = ("samples.jpg", "predictions.jpg")
-MARKERS = ("<!-- results: written by make report -->", "<!-- end of results -->")
+TEXTS = {
+    "README.md": "results",
+    "docs/results.md": "camvid7",
+}  # and the name of the markers that a table stands between
+FIRST = ("published", "scratch", "control", "weighted_ce_occlusion", "ce_dice_occlusion", "weighted_ce_dice_occlusion")
 
 
 def collect(home: Path, remarks: list[str] = ()) -> dict:
@@ -159,27 +163,36 @@ PLAN_COLUMNS = ["mIoU", "person", "lost under occluders", "points of mIoU", "of 
 
 def plan_note(summary: dict) -> str:
     """What the numbers of a plan are."""
-    context, rows = summary["context"], summary["rows"].values()
-    controls = dict.fromkeys(summary["rows"][row["control"]]["title"] for row in rows if row["control"])
+    context, rows = summary["context"], summary["rows"]
+    against = {row["title"]: rows[row["control"]]["title"] for row in rows.values() if row["control"] in rows}
+    usual = max(against.values(), key=[*against.values()].count)
+    others = "".join(f"; of {title}, to {control}" for title, control in against.items() if control != usual)
     return (
         f"{summary['name']}: means over {len(summary['folds'])} folds, {context['size']}, {summary['precision']}, "
-        f"{context['device']}, torch {context['torch']}. Points are differences to the row's control "
-        f"({', '.join(controls)}), with 95 % intervals over blocks of ten seconds."
+        f"{context['device']}, torch {context['torch']}. Points are differences to {usual}{others}. In brackets 95 % "
+        "intervals over blocks of ten seconds."
     )
 
 
-def readme_results(files: list[dict]) -> str:
-    """What stands between the README's markers: a table of each plan."""
-    plans = (file for file in as_text(files) if "rows" in file)
-    return "\n\n".join(markdown(PLAN_COLUMNS, plan_cells(plan), plan_note(plan)) for plan in plans)
+def plan_table(summary: dict, names: tuple[str, ...] | None = None) -> str:
+    """A plan, or some rows of it, as Markdown."""
+    kept = {name: row for name, row in summary["rows"].items() if names is None or name in names}
+    return markdown(PLAN_COLUMNS, plan_cells({**summary, "rows": kept}), plan_note({**summary, "rows": kept}))
 
 
-def update_readme(files: list[dict]) -> None:
-    path = ROOT / "README.md"
-    before, rest = path.read_text(encoding="utf-8").split(MARKERS[0])
-    after = rest.split(MARKERS[1])[1]
-    with atomic_open(path) as file:
-        file.write(f"{before}{MARKERS[0]}\n{readme_results(files)}\n{MARKERS[1]}{after}".encode())
+def tables(summary: dict) -> dict[str, str]:
+    """What stands between the markers of each text: the README shows the stages, docs all rows."""
+    summary = as_text(summary)
+    return {"README.md": plan_table(summary, FIRST), "docs/results.md": plan_table(summary)}
+
+
+def update_texts(summary: dict) -> None:
+    """Write the tables of a plan into the README and docs."""
+    for name, table in tables(summary).items():
+        begin, end = f"<!-- {TEXTS[name]}: written by make report -->\n", f"<!-- end of {TEXTS[name]} -->"
+        before, rest = (ROOT / name).read_text(encoding="utf-8").split(begin)
+        with atomic_open(ROOT / name) as file:
+            file.write(f"{before}{begin}{table}\n{end}{rest.split(end)[1]}".encode())
 
 
 def adopt(home: Path) -> None:
@@ -198,9 +211,10 @@ def main() -> int:
     for home in args.runs:
         adopt(home)
     files = [read_json(path) for path in sorted([*RESULTS.glob("*.json"), *RESULTS.glob("*/summary.json")])]
-    results = sorted((file for file in files if "runs" in file), key=lambda file: not file["name"].startswith("drawn"))
-    update_readme(files)
     plans = [file for file in files if "rows" in file]
+    results = sorted((file for file in files if "runs" in file), key=lambda file: not file["name"].startswith("drawn"))
+    plans = [file for file in files if "rows" in file]
+    update_texts(next(plan for plan in plans if plan["name"] == "camvid7"))
     pdf = build(RESULTS, results, ROOT / "report" / "UNet_Model_Training_Report.pdf", plans)
     print(f"written to {pdf.relative_to(ROOT)}")
     return 0

@@ -205,10 +205,8 @@ def summarise(plan: dict, results: Path) -> dict:
         for name, verdict in verdicts(compared).items():
             rows[name][f"{score}_against_control"] = verdict
     summary = {"name": plan["name"], "precision": plan["precision"], "folds": plan["folds"], "rows": rows}
-    same = {
-        key: sorted({str(facts[key]) for facts, _ in done.values()}) for key in ("size", "device", "torch", "commit")
-    }
-    summary["context"] = {key: " / ".join(values) for key, values in same.items()}
+    shared = ("size", "device", "torch", "commit")
+    summary["context"] = {key: " / ".join(sorted({as_text(f[key]) for f, _ in done.values()})) for key in shared}
     write_json(results / "summary.json", summary)
     return summary
 

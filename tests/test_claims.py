@@ -1,0 +1,112 @@
+"""Every score, duration and throughput that a text claims for this project is one in a results file."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from unetseg.files import read_json
+
+RESULTS = ROOT / "report" / "results"
+CLAIM = r"(?<![\w.])\.\d{2,3}\b|\d[\d.]* (?:points|images/s|minutes)"  # .71, 2.7 points, 3.6 minutes
+WRITTEN = r"<!-- (\w+): written by.*?<!-- end of \1 -->"  # tables that have tests of their own
+ANSWER = r"\*\*Answer\.\*\*.*"  # filled in as the notebook runs
+ROWS = read_json(RESULTS / "camvid7" / "summary.json")["rows"]
+SCREEN = read_json(RESULTS / "screen.json")
+SPEEDS = read_json(ROOT / "benchmarks" / "results" / "gpu_h200.json")["images_per_second"]
+
+
+def facts(name):
+    return json.loads(str(np.load(RESULTS / f"{name}.npz")["facts"]))
+
+
+def points(row, score="miou"):
+    return f"{abs(100 * ROWS[row][f'{score}_against_control']['difference']):.1f} points".removeprefix("0")
+
+
+def mean(row, key):
+    return f"{ROWS[row]['mean'][key]:.2f}".lstrip("0")
+
+
+def lost(row):
+    kinds = [value for key, value in ROWS[row]["mean"].items() if key.startswith("lost_under_occluders")]
+    return f"{np.mean(kinds):.3f}".lstrip("0")
+
+
+def signed(value, digits=1):
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def people_over_predicted(joint):
+    rows = "control", "weighted_ce"
+    shares = [mean(row, f"{score} person") for score in ("recall", "precision") for row in rows]
+    return joint.format(*shares, points("weighted_ce", "person_iou"))
+
+
+def shown(*numbers, digits=3):
+    return " | ".join(f"{number:.{digits}f}".removeprefix("0") for number in numbers)
+
+
+ELEVEN, DRAWN = facts("camvid11/scratch-seed0"), facts("drawn/small-seed0")
+SIZES = [f"{facts(f'camvid7/{row}-seed0-fold0')['parameters'] / 1e6:.1f}" for row in ("scratch", "published")]
+MINUTES = f"{ELEVEN['train_seconds'] / 60:.1f} minutes on an H200"
+CLAIMS = {
+    "docs/results.md": [
+        f"lifts mIoU by {points('scratch')} over the published one with a network of {' instead of '.join(SIZES)} M",
+        people_over_predicted("recall rises from {} to {}, precision falls from {} to {}, IoU\n  falls by {}."),
+        f"recall {mean('inverse', 'recall person')}, precision {mean('inverse', 'precision person')}",
+        f"visible pixels lose {lost('occlusion')} instead of {lost('control')}. On",
+        f"clear images it costs {points('occlusion')}",
+        f"it gives people {points('weighted_ce_dice_random', 'person_iou')}",
+        f"adds {SCREEN['mirror_at_test']} points",
+        f"({signed(SCREEN['average_against_last'], 2)} points), and over six",
+        f"({signed(SCREEN['long_average_against_last'], 2)})",
+        f"480x360 in {MINUTES}: mIoU {shown(ELEVEN['scores']['mIoU'])}",
+    ],
+    "weights/README.md": [
+        MINUTES,
+        f"mIoU\n{shown(ELEVEN['scores']['mIoU'])}, {shown(ELEVEN['flipped']['mIoU'])} as",
+        *(f"{facts['parameters'] / 1e6:.1f} M parameters" for facts in (ELEVEN, DRAWN)),
+    ],
+    "notebooks/Fine_tuning_with_Weighted_CE_and_Augmentation.ipynb": [
+        people_over_predicted(
+            "people from {} to {} and lower their precision from {} to {}, so that their IoU falls by {}"
+        ),
+        f"costs {points('occlusion')} of mIoU on clear images",
+        f"visible pixels lose {lost('occlusion')} instead of {lost('control')}",
+    ],
+    "notebooks/Fine_tuning_with_combined_CE_and_DICE_Loss.ipynb": [
+        f"people gain {points('weighted_ce_dice_random', 'person_iou')}",
+        f"weights alone take {points('weighted_ce', 'person_iou')}",
+    ],
+}
+for effect in SCREEN["effects"].values():
+    cells = (f"{signed(effect[score])} ± {effect[score + '_error']}" for score in ("miou", "person"))
+    CLAIMS["docs/results.md"].append(f"| {effect['what']} | {' | '.join(cells)} |")
+for speeds in SPEEDS.values():
+    CLAIMS["docs/results.md"].append(f"| {shown(*(speeds[kind] for kind in ('fp32', 'fp16', 'bf16')), digits=0)} |")
+for name in ELEVEN["classes"]:
+    row = shown(*(ELEVEN[score][name] for score in ("scores", "precision", "recall")))
+    CLAIMS["weights/README.md"].append(f"| {name} | {row} |")
+TEXTS = ["README.md", "kaggle/README.md", "report/report.typ", "weights/README.md"]
+TEXTS += [str(path.relative_to(ROOT)) for folder in ("docs/*.md", "notebooks/*.ipynb") for path in ROOT.glob(folder)]
+
+
+def read(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    if name.endswith(".ipynb"):
+        cells = json.loads(text)["cells"]
+        text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    return text
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_what_is_claimed_was_measured(name):
+    text = read(name)
+    for claim in CLAIMS.get(name, ()):
+        assert claim in text, claim
+        text = text.replace(claim, "")
+    text = re.sub(ANSWER, "", re.sub(WRITTEN, "", text, flags=re.DOTALL))
+    assert not re.findall(CLAIM, text)
