@@ -17,10 +17,10 @@ SITTING = ["settings", "classes", "processed", "data", "augment", "losses", "mod
 SITTING += ["train", "run", "checkpoint", "distributed", "device"]
 AROUND = ["__init__", "__main__", "images", "inference", "tracking", "plots", "files"]
 BUDGETS = {  # lines, docstrings and comments included, blank ones not
-    "the sitting": ([f"unetseg/{name}.py" for name in SITTING], 1602),
+    "the sitting": ([f"unetseg/{name}.py" for name in SITTING], 1645),
     "around it": ([f"unetseg/{name}.py" for name in AROUND], 819),
     "evaluation": (["unetseg/evaluation/*.py"], 729),
-    "tools": (["unetseg/tools/*.py"], 2000),
+    "tools": (["unetseg/tools/*.py"], 1990),
     "notebooks": (["notebooks/*.py"], 300),
     "the script": (["preprocessing/*.py"], 20),
     "report": (["report/*.py", "report/*.typ"], 400),

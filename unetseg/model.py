@@ -60,8 +60,8 @@ class ContextUNet(UNet):
     def __init__(self, num_classes: int, channels: int = 32, depth: int = 4) -> None:
         super().__init__(num_classes, channels, depth)
         self.down[-1].append(_Dilated(channels * 2**depth, 2)).append(_Dilated(channels * 2**depth, 4))
-        levels = range(min(2, depth - 1), 0, -1)  # coarse to fine, as `features` has them
-        self.side_heads = nn.ModuleList(nn.Conv2d(channels * 2**level, num_classes, 1) for level in levels)
+        widths = [channels * 2**level for level in range(1, min(3, depth))]
+        self.side_heads = nn.ModuleList(nn.Conv2d(width, num_classes, 1) for width in widths)
         self.apply(_initialise)
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
@@ -71,8 +71,7 @@ class ContextUNet(UNet):
         logits = self.head(fine)[..., :height, :width]
         if not self.training:
             return logits
-        number = len(self.side_heads)
-        return [logits, *(head(x) for head, x in zip(self.side_heads, coarse[len(coarse) - number :], strict=True))]
+        return [logits, *(head(x) for head, x in zip(self.side_heads, reversed(coarse)))]
 
 
 class _Dilated(nn.Sequential):

@@ -30,11 +30,8 @@ class Muon(torch.optim.AdamW):
         finite = 1 - getattr(self, "found_inf", torch.zeros((), device=filters[0].device))
         matrices = []
         for p in filters:
-            if not self.state[p]:
-                self.state[p] |= {
-                    "momentum": torch.zeros_like(p),
-                    "step": torch.zeros(()),
-                }  # AdamW loads no state without
+            if not self.state[p]:  # AdamW loads no state without a step
+                self.state[p].update(momentum=torch.zeros_like(p), step=torch.zeros(()))
             momentum = self.state[p]["momentum"]
             momentum.lerp_(torch.where(finite > 0, p.grad, momentum), 1 - MOMENTUM)
             p.grad = None  # nothing is left for AdamW
