@@ -95,7 +95,7 @@ def draw_charts(results: dict, folder: Path, number: int) -> None:
         plots.save(figure, folder / f"{number}_{chart}.svg")
 
 
-def build(pictures: Path, results: list[dict], pdf: Path, seeds: list[dict] = (), plans: list[dict] = ()) -> Path:
+def build(pictures: Path, results: list[dict], pdf: Path, plans: list[dict] = ()) -> Path:
     """Write the report of one or more collected results to `pdf`.
 
     pictures  folder with samples.jpg and predictions.jpg of the first results; what is missing is left out
@@ -213,7 +213,6 @@ def main() -> int:
     files = [read_json(path) for path in sorted([*RESULTS.glob("*.json"), *RESULTS.glob("*/summary.json")])]
     plans = [file for file in files if "rows" in file]
     results = sorted((file for file in files if "runs" in file), key=lambda file: not file["name"].startswith("drawn"))
-    plans = [file for file in files if "rows" in file]
     update_texts(next(plan for plan in plans if plan["name"] == "camvid7"))
     pdf = build(RESULTS, results, ROOT / "report" / "UNet_Model_Training_Report.pdf", plans)
     print(f"written to {pdf.relative_to(ROOT)}")

@@ -79,6 +79,7 @@ def test_deep_supervision_adds_three_tenths_of_each_coarser_loss():
     """Of 5x6 pixels, padded to 8x8, the coarse logits are compared with (1, 1), (1, 3), (1, 5), (3, 1) and so on."""
     torch.manual_seed(0)
     fine, coarse, truth = torch.randn(2, 3, 5, 6), torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 5, 6))
-    expected = cross_entropy(fine, truth) + 0.3 * cross_entropy(coarse[..., :2, :3], truth[:, 1::2, 1::2])
-    assert deep_supervision(cross_entropy, [fine, coarse], truth).item() == pytest.approx(expected.item())
-    assert deep_supervision(cross_entropy, fine, truth) == cross_entropy(fine, truth)
+    main, side = cross_entropy(fine, truth), cross_entropy(coarse[..., :2, :3], truth[:, 1::2, 1::2])
+    total, shown = deep_supervision(cross_entropy, [fine, coarse], truth)
+    assert total.item() == pytest.approx((main + 0.3 * side).item()) and shown == main
+    assert deep_supervision(cross_entropy, fine, truth) == (main, main)

@@ -65,16 +65,16 @@ def ce_dice(
     return (1 - dice_share) * ce + dice_share * dice_loss(logits, mask, class_weights, all_sum)
 
 
-def deep_supervision(loss_fn: Callable, outputs: Tensor | list[Tensor], mask: Tensor) -> Tensor:
-    """The loss of the logits, plus AUXILIARY times that of each coarser output, against the pixel under each centre."""
-    if isinstance(outputs, Tensor):
-        return loss_fn(outputs, mask)
-    loss = loss_fn(outputs[0], mask)
-    for logits in outputs[1:]:
-        step = round(outputs[0].shape[-1] / logits.shape[-1])
+def deep_supervision(loss_fn: Callable, outputs: Tensor | list[Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
+    """What is minimised, and the loss of the logits alone: to it AUXILIARY times that of each coarser output is added,
+    against the pixel under each centre."""
+    logits, *coarser = outputs if isinstance(outputs, list) else [outputs]
+    main = total = loss_fn(logits, mask)
+    for output in coarser:
+        step = round(logits.shape[-1] / output.shape[-1])
         coarse = mask[:, step // 2 :: step, step // 2 :: step]
-        loss = loss + AUXILIARY * loss_fn(logits[..., : coarse.shape[1], : coarse.shape[2]], coarse)
-    return loss
+        total = total + AUXILIARY * loss_fn(output[..., : coarse.shape[1], : coarse.shape[2]], coarse)
+    return total, main.detach()
 
 
 LOSSES = {"ce": cross_entropy, "ce_dice": ce_dice, "dice": dice_loss}

@@ -231,7 +231,7 @@ def train_one_epoch(state: State, batches: Iterable, loss_fn: Callable, bar: tqd
     schedule, started = state.schedule(), time.perf_counter() - state.seconds
     for images, masks, _ in batches:
         statistics = state.statistics.clone()
-        loss = deep_supervision(loss_fn, forward(state.network, images, state.precision), masks)
+        loss, main = deep_supervision(loss_fn, forward(state.network, images, state.precision), masks)
         state.scaler.scale(loss).backward()
         state.scaler.unscale_(state.optimizer)
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
@@ -245,7 +245,7 @@ def train_one_epoch(state: State, batches: Iterable, loss_fn: Callable, bar: tqd
         state.statistics.copy_(torch.where(finite, state.statistics, statistics))
         num_images = distributed.all_sum(len(images))
         total, seen, skipped, in_a_row = state.sums.unbind()
-        sums = total + loss.detach().where(finite, 0) * num_images, seen + finite * num_images, skipped + ~finite
+        sums = total + main.where(finite, 0) * num_images, seen + finite * num_images, skipped + ~finite
         state.sums = torch.stack([*sums, (in_a_row + 1) * ~finite])
         state.update_average()
         state.step, state.seconds = state.step + 1, time.perf_counter() - started
