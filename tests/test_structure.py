@@ -18,7 +18,7 @@ SITTING += ["train", "run", "checkpoint", "distributed", "device"]
 AROUND = ["__init__", "__main__", "images", "inference", "tracking", "plots", "files"]
 BUDGETS = {  # lines, docstrings and comments included, blank ones not
     "the sitting": ([f"unetseg/{name}.py" for name in SITTING], 1645),
-    "around it": ([f"unetseg/{name}.py" for name in AROUND], 819),
+    "around it": ([f"unetseg/{name}.py" for name in AROUND], 834),
     "evaluation": (["unetseg/evaluation/*.py"], 729),
     "tools": (["unetseg/tools/*.py"], 1990),
     "notebooks": (["notebooks/*.py"], 300),

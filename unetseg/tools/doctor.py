@@ -15,10 +15,11 @@ from torch import nn
 from .. import device, tracking
 from ..data import load_split
 from ..files import UserError, file_error, read_bytes
-from ..losses import cross_entropy
-from ..model import UNet
+from ..losses import cross_entropy, deep_supervision
+from ..model import MODELS
+from ..optimizers import OPTIMIZERS
 from ..processed import read_stats
-from ..settings import INHERITED, PRESETS
+from ..settings import INHERITED, PRESETS, TITLES
 from ..train import forward
 from .judge import judge_ids
 from .layouts import choose_splits, find_data
@@ -148,10 +149,12 @@ def describe_wandb() -> tuple[str, None]:
 
 
 def forecast(num_classes: int, size: tuple[int, int], images: dict[str, int]) -> tuple[str, None]:
-    """How long each preset takes with the default network; an evaluated image counts a third of a trained one."""
-    seconds = seconds_per_image(num_classes, size)
-    work = images["train"] + images["val"] / 3
-    hours = {name: preset["epochs"] * work * seconds / 3600 for name, preset in PRESETS.items()}
+    """How long each stage takes with the default network; an image evaluated counts a third of one trained on, and one
+    of half the size a quarter."""
+    seconds, hours = seconds_per_image(num_classes, size), {}
+    for name in TITLES:
+        work = images["train"] * (1 - 0.75 * PRESETS[name]["half_size"]) + images["val"] / 3
+        hours[name] = PRESETS[name]["epochs"] * work * seconds / 3600
     parts, sessions = ", ".join(f"{n} {duration(h)}" for n, h in hours.items()), -(-sum(hours.values()) // SESSION)
     fits = "fits a Kaggle session" if sessions <= 1 else f"takes {sessions:.0f} Kaggle sessions"
     network = f"channels {INHERITED['channels']}, depth {INHERITED['depth']}, {size[0]}x{size[1]}"
@@ -162,13 +165,14 @@ def forecast(num_classes: int, size: tuple[int, int], images: dict[str, int]) ->
 def seconds_per_image(num_classes: int, size: tuple[int, int], channels: int = INHERITED["channels"]) -> float:
     """Seconds of training per image: the median of ten measured steps of eight images."""
     where = device.pick_device()
-    model, seconds = UNet(num_classes, channels).to(where, memory_format=torch.channels_last).train(), []
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model, seconds = MODELS[INHERITED["model"]](num_classes, channels), []
+    model = model.to(where, memory_format=torch.channels_last).train()
+    optimizer = OPTIMIZERS[PRESETS["scratch"]["optimizer"]](model.parameters(), fused=True)
     images = torch.rand(8, 3, *size[::-1], device=where)
     masks = torch.zeros(8, *size[::-1], dtype=torch.long, device=where)
     for _ in range(12):  # the first two are to warm up
         start = time.perf_counter()
-        loss = cross_entropy(forward(model, images, device.precision_rule(where)), masks)
+        loss, _ = deep_supervision(cross_entropy, forward(model, images, device.precision_rule(where)), masks)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
