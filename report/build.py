@@ -145,7 +145,8 @@ def plan_cells(summary: dict) -> dict[str, list[str]]:
     for row in (row for row in summary["rows"].values() if "mean" in row):
         cells, mean, std = [], row["mean"], row["std"]
         for key in ("scores mIoU", "scores person"):
-            cells.append(f"{mean[key]:.3f}" + (f" ± {std[key]:.3f}" if key in std else ""))
+            spread = f" ± {std[key]:.3f}" if key in std else ""
+            cells.append(f"{mean[key]:.3f}{spread}" if key in mean else "–")
         lost = [value for key, value in mean.items() if key.startswith("lost_under_occluders")]
         cells.append(f"{np.mean(lost):.3f}")
         for score in ("miou", "person_iou"):
@@ -165,12 +166,15 @@ def plan_note(summary: dict) -> str:
     """What the numbers of a plan are."""
     context, rows = summary["context"], summary["rows"]
     against = {row["title"]: rows[row["control"]]["title"] for row in rows.values() if row["control"] in rows}
-    usual = max(against.values(), key=[*against.values()].count)
+    usual = max(against.values(), key=[*against.values()].count, default="")
+    where = f"{summary['name']}: means over {len(summary['folds'])} folds, {context['size']}, {summary['precision']}, "
+    where += f"{context['device']}, torch {context['torch']}."
+    if not usual:
+        return where
     others = "".join(f"; of {title}, to {control}" for title, control in against.items() if control != usual)
     return (
-        f"{summary['name']}: means over {len(summary['folds'])} folds, {context['size']}, {summary['precision']}, "
-        f"{context['device']}, torch {context['torch']}. Points are differences to {usual}{others}. In brackets 95 % "
-        "intervals over blocks of ten seconds."
+        f"{where} Points are differences, of the scores pooled over the frames of all folds, to {usual}{others}. In "
+        "brackets 95 % intervals over blocks of ten seconds."
     )
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from unetseg.losses import cross_entropy, deep_supervision
 from unetseg.model import MODELS, ContextUNet, UNet
 
 
@@ -26,6 +27,12 @@ def test_side_heads_answer_at_a_quarter_and_at_half_the_size_while_training(dept
     model = ContextUNet(7, channels=4, depth=depth)
     assert [tuple(out.shape[2:]) for out in model(torch.rand(2, 3, 50, 75))] == shapes
     assert model.eval()(torch.rand(2, 3, 50, 75)).shape == (2, 7, 50, 75)
+
+
+@pytest.mark.parametrize("depth, width, height", [(4, 50, 50), (4, 68, 36), (4, 97, 41), (5, 80, 60)])
+def test_side_heads_learn_at_any_size(depth, width, height):
+    outputs, mask = ContextUNet(7, 4, depth)(torch.rand(2, 3, height, width)), torch.ones(2, height, width).long()
+    assert deep_supervision(cross_entropy, outputs, mask)[0].isfinite()
 
 
 @pytest.mark.parametrize("make", MODELS.values())

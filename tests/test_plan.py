@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import command
+from conftest import ROOT, command
 
 from unetseg.data import Batches, load_split
 from unetseg.evaluation.compare import pooled_miou
@@ -135,3 +135,33 @@ def test_a_plan_with_a_mistake_is_refused_in_one_line(a_plan, change, said):
     with pytest.raises(UserError) as error:
         plan.read_plan(a_plan)
     assert said in str(error.value) and "\n" not in str(error.value) and str(a_plan) in str(error.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "report" / "plans").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_plans_of_the_repository_can_be_read(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = plan.read_plan(path)
+    results = ROOT / "report" / "results" / found["name"]
+    assert plan.read_results(found, results).keys() <= {*plan.jobs_of(found)}
+
+
+def test_results_of_other_settings_are_refused():
+    found = plan.read_plan(ROOT / "report" / "plans" / "camvid7.toml")
+    found["settings"]["channels"] = 32
+    with pytest.raises(UserError, match=r"npz: was made with other channels; delete it"):
+        plan.read_results(found, ROOT / "report" / "results" / "camvid7")
+
+
+def test_nothing_starts_from_a_training_that_is_not_finished(tmp_path, monkeypatch):
+    """A first row whose result is there, but not its weights, is trained again before the second begins."""
+    rows = {"first": {}, "second": {"init": "first"}}
+    found, (first, second) = {"rows": rows}, (plan.Job(row, 0, None) for row in rows)
+    plan.results_path(tmp_path, first).touch()
+    assert plan.is_next(found, first, tmp_path, tmp_path) and not plan.is_next(found, second, tmp_path, tmp_path)
+    (tmp_path / first.name).mkdir()
+    (tmp_path / first.name / "model.safetensors").touch()
+    monkeypatch.setattr(plan.checkpoint, "read_about", lambda run: None)
+    for unfinished in ("1 of 2 epochs", ""):
+        monkeypatch.setattr(plan.checkpoint, "unfinished", lambda about, said=unfinished: said)
+        assert plan.is_next(found, first, tmp_path, tmp_path) == bool(unfinished)
+        assert plan.is_next(found, second, tmp_path, tmp_path) != bool(unfinished)

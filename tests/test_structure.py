@@ -20,7 +20,7 @@ BUDGETS = {  # lines, docstrings and comments included, blank ones not
     "the sitting": ([f"unetseg/{name}.py" for name in SITTING], 1645),
     "around it": ([f"unetseg/{name}.py" for name in AROUND], 834),
     "evaluation": (["unetseg/evaluation/*.py"], 743),
-    "tools": (["unetseg/tools/*.py"], 1995),
+    "tools": (["unetseg/tools/*.py"], 2010),
     "notebooks": (["notebooks/*.py"], 300),
     "the script": (["preprocessing/*.py"], 20),
     "report": (["report/*.py", "report/*.typ"], 400),

@@ -67,11 +67,11 @@ def ce_dice(
 
 def deep_supervision(loss_fn: Callable, outputs: Tensor | list[Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
     """What is minimised, and the loss of the logits alone: to it AUXILIARY times that of each coarser output is added,
-    against the pixel under each centre."""
+    which has half the size of the one before, against the pixel under each centre."""
     logits, *coarser = outputs if isinstance(outputs, list) else [outputs]
     main = total = loss_fn(logits, mask)
-    for output in coarser:
-        step = round(logits.shape[-1] / output.shape[-1])
+    for level, output in enumerate(coarser, 1):
+        step = 2**level
         coarse = mask[:, step // 2 :: step, step // 2 :: step]
         total = total + AUXILIARY * loss_fn(output[..., : coarse.shape[1], : coarse.shape[2]], coarse)
     return total, main.detach()

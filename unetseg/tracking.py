@@ -30,7 +30,7 @@ class Tracker:
 
     def __init__(self, folder: Path, config: dict, val_set: SegmentationSet, state: State) -> None:
         self.folder, self.config, self.val_set, self.state, self.run = folder, config, val_set, state, None
-        new = os.environ.get("WANDB_RUN_ID", "").strip() or secrets.token_hex(4)
+        new = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else secrets.token_hex(4)
         self.record = {"id": new, "epochs": 0, "weights": None} | read_record(folder)
         self.every = max(1, config["cycles"][-1] // 10, -(-PICTURE_STEPS // state.steps_per_epoch))
 

@@ -18,10 +18,10 @@ from ..files import UserError, write_json
 from ..images import cv2
 from ..inference import trained_model
 from ..metrics import confusion_matrices, miou, under_rule
-from ..processed import scored_split
 from ..train import forward
 from .compare import difference, time_blocks
 from .details import THINGS
+from .results import default_split
 from .results import number as as_text
 
 COVERAGE = (0.1, 0.2, 0.3, 0.4, 0.5)  # shares of the image
@@ -205,7 +205,7 @@ def blocks_of(dataset: SegmentationSet) -> np.ndarray:
 def robustness(run: Path, processed: Path, split: str | None = None) -> dict:
     """Both benchmarks for a run; written to robustness_<split>.json with all that they depend on."""
     model, about = trained_model(run)
-    dataset = load_split(processed, split or scored_split(processed))
+    dataset = load_split(processed, split or default_split(checkpoint.read_config(run), processed))
     if list(dataset.class_set.names) != about["classes"]:
         raise UserError(f"{processed}: expected the classes {about['classes']}, found {list(dataset.class_set.names)}")
     void, number = about["void"], len(dataset.class_set)

@@ -29,7 +29,7 @@ from ..files import UserError, atomic_open, make_folder, read_bytes, write_json
 from ..inference import trained_model
 from ..metrics import confusion_matrices, scores
 from ..run import train
-from ..settings import KNOBS, Settings, check
+from ..settings import FREE, KNOBS, Settings, check
 from ..train import forward
 
 ALL = ("name", "data", "precision", "seeds", "folds", "settings", "rows")
@@ -123,13 +123,17 @@ def is_next(plan: dict, job: Job, out: Path, results: Path) -> bool:
     """Whether a run is still to be done, for its result or for the weights that another one starts from, and can be."""
     init = plan["rows"][job.row].get("init")
     init = init if init in plan["rows"] else None
-    if init and not (out / replace(job, row=init).name / checkpoint.WEIGHTS).is_file():
+    if init and not is_trained(out / replace(job, row=init).name):
         return False
     if init and not results_path(results, replace(job, row=init)).is_file():
         return False
     needed = [child for child in children(plan, job) if not results_path(results, child).is_file()]
-    has_weights = (out / job.name / checkpoint.WEIGHTS).is_file()
-    return not results_path(results, job).is_file() or (bool(needed) and not has_weights)
+    return not results_path(results, job).is_file() or (bool(needed) and not is_trained(out / job.name))
+
+
+def is_trained(run: Path) -> bool:
+    """Whether a run folder has the weights of a finished training."""
+    return (run / checkpoint.WEIGHTS).is_file() and not checkpoint.unfinished(checkpoint.read_about(run))
 
 
 def do(plan: dict, job: Job, data: Path, out: Path, results: Path, max_minutes: float | None) -> bool:
@@ -137,11 +141,12 @@ def do(plan: dict, job: Job, data: Path, out: Path, results: Path, max_minutes: 
     run = out / job.name
     history = train(replace(settings_of(plan, job, data, out), max_minutes=max_minutes), log=lambda row: None)
     config = checkpoint.read_config(run)
-    if len(history) < config["cycles"][-1]:
-        return False
+    if len(history) < config["cycles"][-1] or results_path(results, job).is_file():
+        return len(history) == config["cycles"][-1]
     found = evaluate_run(run, data)
     details, classes = found["details"], found["rules"][found["trained_void"]]["classes"]
-    facts = {"row": job.row, "seed": job.seed, "fold": job.fold, "settings": config["settings"]}
+    facts = {"row": job.row, "seed": job.seed, "fold": job.fold}
+    facts["settings"] = {key: value for key, value in config["settings"].items() if key not in FREE}
     facts |= {key: config[key] for key in ("classes", "people")} | {key: found[key] for key in KEPT}
     facts |= {"scores": headline(found), "val_miou": [row["val_miou"] for row in history]}
     facts |= {key: {name: row[key] for name, row in classes.items()} for key in ("precision", "recall")}
@@ -178,10 +183,23 @@ def read_results(plan: dict, results: Path) -> dict[Job, tuple[dict, np.ndarray]
         if path.is_file():
             try:
                 with np.load(path, allow_pickle=False) as file:
-                    found[job] = json.loads(str(file["facts"])), file["confusions"].astype(np.int64)
+                    facts, confusions = json.loads(str(file["facts"])), file["confusions"].astype(np.int64)
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
                 raise UserError(f"{path}: expected a result of a plan, found {error}; delete it and rerun") from None
+            require_same(plan, job, facts, [f for other, (f, _) in found.items() if other.fold == job.fold], path)
+            found[job] = facts, confusions
     return found
+
+
+def require_same(plan: dict, job: Job, facts: dict, others: list[dict], path: Path) -> None:
+    """Raise UserError for a result of other settings than the plan has now, or of other data than the other runs."""
+    wanted = plan["settings"] | {key: value for key, value in plan["rows"][job.row].items() if key in KNOBS}
+    wanted |= {"precision": plan["precision"]}
+    there = facts["settings"] | {"epochs": facts["epochs"]}
+    changed = [key for key, value in wanted.items() if key in there and there[key] != value]
+    changed += ["data"] * any(facts["data_sha256"] != other["data_sha256"] for other in others[:1])
+    if changed:
+        raise UserError(f"{path}: was made with other {', '.join(changed)}; delete it, or take another --results")
 
 
 def summarise(plan: dict, results: Path) -> dict:
