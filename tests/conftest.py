@@ -30,20 +30,8 @@ def command(*parts):
 
 def process(raw, out, *options):
     """Preprocess with two workers; returns the exit status."""
-    parts = [
-        "--data_dir",
-        raw,
-        "--output_dir",
-        out,
-        "--workers",
-        2,
-        "--log_level",
-        "ERROR",
-        "--sample_size",
-        1,
-        *options,
-    ]
-    return preprocess.main([str(part) for part in parts])
+    parts = ["--data_dir", raw, "--output_dir", out, "--workers", 2, "--log_level", "ERROR", "--sample_size", 1]
+    return preprocess.main([str(part) for part in (*parts, *options)])
 
 
 def tree(folder, but=(".lock",)):

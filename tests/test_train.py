@@ -55,13 +55,8 @@ def learn(sets, folder, epochs=4, loss_fn=cross_entropy, log=lambda row: None, s
     } | changes
     settings = run.resolve(Settings(out=str(folder), batch_size=batch_size, **chosen))
     splits = {name: {"sha256": s.split.sha256} for name, s in zip(("train", "val"), sets)}
-    config = {
-        "settings": asdict(settings),
-        "cycles": [epochs],
-        "data": splits,
-        "init_sha256": None,
-        "format": checkpoint.FORMAT,
-    }
+    config = {"settings": asdict(settings), "cycles": [epochs], "data": splits}
+    config |= {"init_sha256": None, "format": checkpoint.FORMAT}
     config |= {**sets[0].class_set.facts(), "width": 64, "height": 32}
     folder.mkdir(exist_ok=True)
     write_json(folder / checkpoint.CONFIG, config)
