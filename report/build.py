@@ -26,10 +26,8 @@ from unetseg.settings import FREE, TITLES
 
 RESULTS = ROOT / "report" / "results"
 PICTURES = ("samples.jpg", "predictions.jpg")
-TEXTS = {
-    "README.md": "results",
-    "docs/results.md": "camvid7",
-}  # and the name of the markers that a table stands between
+# each text, and the name of the markers that its table stands between
+TEXTS = {"README.md": "results", "docs/results.md": "camvid7"}
 FIRST = ("published", "scratch", "control", "weighted_ce_occlusion", "ce_dice_occlusion", "weighted_ce_dice_occlusion")
 
 

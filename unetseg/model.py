@@ -101,10 +101,8 @@ def _initialise(layer: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-MODELS = {
-    "unet": UNet,
-    "context_unet": ContextUNet,
-}  # name -> function (num_classes, any settings by their names) -> network that returns logits
+# name -> function (num_classes, any settings by their names) -> network that returns logits
+MODELS = {"unet": UNet, "context_unet": ContextUNet}
 
 
 def build_model(settings: dict, num_classes: int) -> nn.Module:

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from .. import checkpoint
 from ..data import Batches, SegmentationSet, load_split
 from ..device import pick_device
-from ..evaluation import difference, evaluate_run, headline, verdicts
+from ..evaluation import difference, evaluate_run, headline, joined, verdicts
 from ..evaluation.compare import pooled_iou, pooled_miou, read_confusions, time_blocks
 from ..evaluation.details import mean
 from ..evaluation.robustness import unseen_occluders
@@ -223,14 +223,10 @@ def summarise(plan: dict, results: Path) -> dict:
         for name, verdict in verdicts(compared).items():
             rows[name][f"{score}_against_control"] = verdict
     summary = {"name": plan["name"], "precision": plan["precision"], "folds": plan["folds"], "rows": rows}
-    shared = ("size", "device", "torch", "commit")
-    summary["context"] = {key: " / ".join(sorted({as_text(f[key]) for f, _ in done.values()})) for key in shared}
+    sessions = {"sessions": [facts | {"size": "x".join(map(str, facts["size"]))} for facts, _ in done.values()]}
+    summary["context"] = {key: joined(sessions, key) for key in ("size", "device", "torch", "commit")}
     write_json(results / "summary.json", summary)
     return summary
-
-
-def as_text(value: str | list[int]) -> str:
-    return value if isinstance(value, str) else "x".join(map(str, value))
 
 
 def people(done: dict) -> list[str]:
