@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from pathlib import Path
 
 from wandb.proto.wandb_internal_pb2 import Record
@@ -43,5 +44,9 @@ def history(path: Path) -> list[dict]:
 
 
 def last(path: Path, kind: str) -> object:
-    """The last record of a kind, such as "run"."""
-    return [getattr(record, kind) for record in records(path) if record.HasField(kind)][-1]
+    """The last record of a kind, such as "run"; W&B's service may write it a moment after `finish` has returned."""
+    deadline = time.monotonic() + 20
+    while not (found := [getattr(record, kind) for record in records(path) if record.HasField(kind)]):
+        assert time.monotonic() < deadline, f"{path}: no record {kind}"
+        time.sleep(0.1)
+    return found[-1]
