@@ -1,6 +1,4 @@
-# make run [DATA=PATH] [QUICK=1|0] [OUT=runs]   raw street scenes -> three trained stages and a report
-# make test                                     the whole test suite
-# Both set up .venv themselves, from requirements.txt at the versions of constraints.txt.
+# `make` alone lists the targets. Each sets up .venv itself, from requirements.txt at the versions of constraints.txt.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -22,7 +20,16 @@ NO := 0 no false off
 QUICK_GIVEN := $(if $(call given,QUICK),$(QUICK),$(if $(call given,DATA),0,1))
 ARG_QUICK := $(if $(filter-out $(NO),$(QUICK_GIVEN)),--quick)
 
-.PHONY: run test lint report notebooks html bench clean
+.PHONY: help run test lint report notebooks html page bench clean
+
+help:
+	@echo 'make run [DATA=PATH] [QUICK=1|0] [OUT=runs]  data (without DATA drawn scenes) -> three notebooks -> scores -> report'
+	@echo 'make page                                    the networks of weights/ as a page in the browser, on localhost'
+	@echo 'make html [FROM=FOLDER]                      the executed notebooks as pages that load and run nothing'
+	@echo 'make test | lint                             the whole test suite; the linter'
+	@echo 'make report [RUNS=FOLDER]                    the committed report and the tables, from report/results'
+	@echo 'make notebooks | bench                       execute the committed notebooks anew; measure speed'
+	@echo 'make clean                                   remove .venv'
 
 run: .venv/installed
 	@$(BIN)/python notebooks/run_all.py $(ARG_OUT) $(ARG_DATA) $(ARG_QUICK)
@@ -45,6 +52,11 @@ notebooks: .venv/installed
 # The executed notebooks as pages that need neither Jupyter nor W&B; with FROM=FOLDER, those of a run (runs/x/notebooks).
 html: .venv/installed
 	$(BIN)/python notebooks/render.py --out "$${RUN_OUT:-runs}/html" $(if $(call given,FROM),"$$RUN_FROM"/*.ipynb)
+
+# Needs the packages for export; PORT=8000 names another port.
+page: .venv/installed
+	$(PIP) --quiet onnx onnxscript onnxruntime
+	$(BIN)/python -m unetseg page weights/*.safetensors --out runs/page --serve $(or $(PORT),8000)
 
 # What a user chooses by, about ten minutes on two cores; the README's table.
 bench: .venv/installed-dev

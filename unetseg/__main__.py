@@ -1,4 +1,4 @@
-"""python -m unetseg preprocess | scenes | train | resume | evaluate | compare | plan | predict | classes | doctor"""
+"""python -m unetseg preprocess | scenes | train | resume | evaluate | compare | plan | predict | export | page | ..."""
 
 import os
 import signal
@@ -37,11 +37,26 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("resume", help="resume a run by its config.json").add_argument
     add("run", type=Path)
     add_evaluation(commands)
-    add = commands.add_parser("predict", help="class ids, colours and overlay for images").add_argument
+    add = commands.add_parser("predict", help="class ids, colours and overlay for pictures and videos").add_argument
     add("weights", type=Path, metavar="RUN_OR_WEIGHTS")
-    add("images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER")
+    add("images", type=Path, nargs="+", metavar="FILE_OR_FOLDER")
     add("--out", type=Path, required=True)
+    add(
+        "--tiles",
+        type=whole_number(1, 16),
+        default=1,
+        metavar="N",
+        help="N x N overlapping windows, for large pictures",
+    )
+    add("--flip", action="store_true", help="average over each picture and its mirror image")
     add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto", help="auto: by rule for the device")
+    add = commands.add_parser("export", help="a network as an ONNX file, checked against PyTorch").add_argument
+    add("weights", type=Path, metavar="RUN_OR_WEIGHTS")
+    add("--onnx", type=Path, required=True, metavar="FILE")
+    add = commands.add_parser("page", help="a folder with a page that runs networks in the browser").add_argument
+    add("weights", type=Path, nargs="+", metavar="RUN_OR_WEIGHTS")
+    add("--out", type=Path, required=True, metavar="FOLDER")
+    add("--serve", type=whole_number(1, 65_535), metavar="PORT", help="serve it on localhost afterwards")
     add = commands.add_parser("plan", help="train and score the rows of a plan, or go on with it").add_argument
     add("plan", type=Path, metavar="PLAN.toml")
     add("--data", type=Path, required=True, help="processed folder")
@@ -135,14 +150,38 @@ def compare(args: argparse.Namespace) -> int:
 
 
 def predict(args: argparse.Namespace) -> int:
-    from .inference import predict_files
+    from .show.predict import Predictor, predict_files, remarks
 
     listen()
-    written, problems = predict_files(args.weights, args.images, args.out, args.precision)
-    for problem in problems:
-        print(f"left out: {problem}", file=sys.stderr)
-    say(f"{written} written to {args.out} (ids, colour, overlay), {len(problems)} left out")
+    predictor = Predictor(args.weights, args.precision, args.tiles, args.flip)
+    rows, problems = predict_files(predictor, args.images, args.out)
+    for line in [*problems, *(f"note: {remark}" for remark in remarks(predictor, rows.values()))]:
+        print(line, file=sys.stderr)
+    written = f"{len(rows)} written to {args.out} (shares.csv lists them)" if rows else "nothing written"
+    say(f"{written}, {len(problems)} left out" if problems else written)
     return 1 if problems else 0
+
+
+def export(args: argparse.Namespace) -> int:
+    from .show.export import export_onnx
+
+    listen()
+    found = export_onnx(args.weights, args.onnx)
+    say(
+        f"{args.onnx}: {found['bytes'] / 2**20:.1f} MiB; against PyTorch logits differ by at most "
+        f"{found['difference']:.1e}, {found['agreement']:.3%} of the pixels have the same class"
+    )
+    return 0
+
+
+def page(args: argparse.Namespace) -> int:
+    from .show.page import make_page, serve
+
+    listen()
+    say(make_page(args.weights, args.out))
+    if args.serve:
+        serve(args.out, args.serve)
+    return 0
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -170,7 +209,7 @@ def plan(args: argparse.Namespace) -> int:
 
 
 COMMANDS = {"train": train, "resume": train, "scenes": scenes, "evaluate": evaluate, "predict": predict}
-COMMANDS |= {"compare": compare, "classes": classes, "plan": plan, "doctor": doctor}
+COMMANDS |= {"compare": compare, "classes": classes, "plan": plan, "doctor": doctor, "export": export, "page": page}
 
 
 def main(argv: list[str] | None = None) -> int:

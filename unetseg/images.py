@@ -1,5 +1,6 @@
 """Reading image files that may be damaged, too large, or no images at all; the only door to OpenCV."""
 
+import contextlib
 import warnings
 from io import BytesIO
 from pathlib import Path
@@ -15,9 +16,15 @@ except ImportError as error:
     advice = "install its headless build: pip uninstall -y opencv-python && pip install opencv-python-headless"
     raise UserError(f"OpenCV cannot be imported here ({error}); on a machine without a display {advice}") from None
 
-PHOTOS = ["PNG", "JPEG", "BMP", "TIFF", "WEBP"]  # Pillow reads more, but some of those start other programs
+PHOTOS = ["PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "AVIF"]  # Pillow reads more; some of those start other programs
+with contextlib.suppress(ImportError):
+    import pillow_heif  # where it is installed
+
+    pillow_heif.register_heif_opener()
+    PHOTOS.append("HEIF")
 FLAGS = {"RGB": cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION, "L": cv2.IMREAD_UNCHANGED}
-MAX_PIXELS = 8192 * 4096  # a file that declares more is refused before it is decoded
+MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million; a file that declares more is refused before it is decoded
+HEIC = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftyphevc")
 
 
 class BadFile(UserError):
@@ -77,12 +84,17 @@ def read_pixels(path: Path, encoded: bytes, indexed: bool = False) -> np.ndarray
 def read_photo(path: Path) -> np.ndarray:
     """An 8-bit image in one of the PHOTOS formats, turned upright, as RGB (H, W, 3) uint8 without alpha.
 
-    Raises BadFile when it is damaged, too large or has more than 8 bits.
+    Raises BadFile when it is damaged, too large, an animation, or has more than 8 bits.
     """
     try:
-        with _open(read_bytes(path), PHOTOS) as picture:
+        encoded = read_bytes(path)
+        if encoded[4:12] in HEIC and "HEIF" not in PHOTOS:
+            raise ValueError("HEIC, which needs `pip install pillow-heif`, or conversion to JPEG")
+        with _open(encoded, PHOTOS) as picture:
             if picture.mode.startswith(("I", "F")):
                 raise ValueError(f"an image with more than 8 bits (mode {picture.mode})")
+            if getattr(picture, "is_animated", False) and picture.format != "MPO":  # of phones: with a second view
+                raise ValueError(f"{picture.n_frames} pictures in one {picture.format} file; convert it to a video")
             ImageOps.exif_transpose(picture, in_place=True)
             return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
     except Exception as error:  # as above

@@ -1,26 +1,20 @@
 """Trained weights at work: predictions for images of any size."""
 
-import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
-from tqdm import tqdm
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from . import checkpoint
-from .classes import stored
 from .data import Batches, SegmentationSet
-from .device import pick_device, precision_rule
-from .files import atomic_open, exclusive, make_folder
-from .images import BadFile, cv2, overlay, read_photo, shrink
+from .device import pick_device
+from .files import atomic_open
+from .images import cv2, shrink
 from .settings import Settings
 from .train import forward
-
-MOST_SIDE = 1_000_000  # pixels, as PNG files may have
-OUTPUT = ("ids", "colour", "overlay")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def trained_model(run_or_weights: Path) -> tuple[nn.Module, dict]:
@@ -46,17 +40,51 @@ def predictions(model: nn.Module, dataset: SegmentationSet, count: int, precisio
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, image: np.ndarray, size: tuple[int, int], precision: str = "fp32") -> np.ndarray:
+def predict(
+    model: nn.Module,
+    image: np.ndarray,
+    size: tuple[int, int],
+    precision: str = "fp32",
+    tiles: int = 1,
+    flip: bool = False,
+) -> np.ndarray:
     """Class ids (H, W) uint8 for an RGB image (H, W, 3) uint8 of any size.
 
-    size  width and height that the model was trained at: the image is brought there by area averaging, and the logits,
-          not the classes, are brought back
+    size   width and height that the model was trained at: the image is brought there by area averaging, and the logits,
+           not the classes, are brought back
+    tiles  windows along each side, each of that size, overlapping by a quarter; 1 shows the network the whole image
+    flip   average the probabilities over the image and its mirror image
     """
-    small = torch.from_numpy(shrink(image, size)).to(next(model.parameters()).device)
-    logits = forward(model, small.permute(2, 0, 1)[None] / 255, precision)[0].cpu().numpy()
-    highest, pred = None, np.zeros(image.shape[:2], np.uint8)
+    canvas = tuple(side + (tiles - 1) * (3 * side // 4) for side in size)
+    small = torch.from_numpy(shrink(image, canvas)).to(next(model.parameters()).device)
+    small = small.permute(2, 0, 1)[None] / 255  # (1, 3, h, w)
+    if tiles == 1:
+        logits = _logits(model, small, precision, flip)
+    else:
+        tent = [torch.bartlett_window(side + 2, periodic=False)[1:-1].to(small) for side in size]
+        weight, total = tent[1][:, None] * tent[0], 0
+        for row, column in product(range(tiles), repeat=2):
+            y, x = row * (3 * size[1] // 4), column * (3 * size[0] // 4)
+            window = small[..., y : y + size[1], x : x + size[0]]
+            probs = _logits(model, window, precision, flip).softmax(dim=1) * weight
+            total = total + F.pad(probs, (x, canvas[0] - x - size[0], y, canvas[1] - y - size[1]))
+        logits = total.div(total.sum(dim=1, keepdim=True)).log()
+    return _classes_at(logits[0].cpu().numpy(), image.shape[1::-1])
+
+
+def _logits(model: nn.Module, images: Tensor, precision: str, flip: bool) -> Tensor:
+    logits = forward(model, images, precision)
+    if flip:
+        mirrored = forward(model, images.flip(-1), precision).flip(-1)
+        logits = torch.logaddexp(logits.log_softmax(dim=1), mirrored.log_softmax(dim=1))
+    return logits
+
+
+def _classes_at(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The class with the highest of the logits (C, h, w) float32, brought linearly to `size`: (height, width) uint8."""
+    highest, pred = None, np.zeros(size[::-1], np.uint8)
     for class_id, logit in enumerate(logits):  # one by one: all classes at full size would take 28 bytes a pixel
-        large = cv2.resize(logit, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+        large = cv2.resize(logit, size, interpolation=cv2.INTER_LINEAR)
         highest = large if highest is None else highest
         wins = cv2.compare(large, highest, cv2.CMP_GT)  # 255 where true
         cv2.max(pred, cv2.min(wins, class_id), pred)
@@ -64,63 +92,8 @@ def predict(model: nn.Module, image: np.ndarray, size: tuple[int, int], precisio
     return pred
 
 
-def predict_files(
-    run_or_weights: Path, inputs: list[Path], out: Path, precision: str = "auto"
-) -> tuple[int, list[str]]:
-    """Predict images and folders of images; returns how many were written, and a message for each that was not.
-
-    Writes out/ids/<stem>.png (class ids), out/colour/<stem>.png and out/overlay/<stem>.png at the input's own size.
-    """
-    model, about = trained_model(run_or_weights)
-    class_set, size = stored(about), (about["width"], about["height"])
-    precision = precision_rule(next(model.parameters()).device) if precision == "auto" else precision
-    paths, problems = find_images(inputs, out)
-    written, writing = 0, []  # the files of the image before; no more are kept in memory
-    with exclusive(out, wait=True), ThreadPoolExecutor(len(OUTPUT)) as pool:
-        for folder in OUTPUT:
-            make_folder(out / folder)
-        for path in tqdm(paths, unit="img", delay=1):
-            try:
-                image = read_photo(path)
-                if max(image.shape) > MOST_SIDE:
-                    raise BadFile(f"{path}: expected sides of at most {MOST_SIDE} pixels, found {max(image.shape)}")
-                pred = predict(model, image, size, precision)
-            except (BadFile, MemoryError, cv2.error) as error:
-                problems.append(str(error) if isinstance(error, BadFile) else f"{path}: cannot be resized ({error})")
-                continue
-            finish(writing)
-            painted = class_set.paint(pred)
-            pictures = zip(OUTPUT, (pred, painted, overlay(image, painted)))
-            writing = [pool.submit(write_png, out / name / f"{path.stem}.png", picture) for name, picture in pictures]
-            written += 1
-        finish(writing)
-    return written, problems
-
-
-def find_images(inputs: list[Path], out: Path) -> tuple[list[Path], list[str]]:
-    """The image files under the inputs, but for what was written to `out` earlier, and a message for each input without
-    any and for each name that occurs twice."""
-    found, problems, own = {}, [], {os.path.realpath(out / folder) for folder in OUTPUT}
-    for given in inputs:
-        paths = [given] if given.is_file() else sorted(given.rglob("*"))
-        paths = [path for path in paths if path == given or path.suffix.lower() in IMAGE_SUFFIXES]
-        paths = [path for path in paths if os.path.dirname(os.path.realpath(path)) not in own]
-        if not paths:
-            problems.append(f"{given}: expected an image or a folder of images, found none")
-        for path in paths:
-            if found.setdefault(path.stem, path) != path:
-                problems.append(f"{path}: expected one image of this name, found also {found[path.stem]}")
-    return list(found.values()), problems
-
-
-def write_png(path: Path, picture: np.ndarray) -> None:
-    """Write ids (H, W) or RGB (H, W, 3), uint8, as a PNG file."""
-    _, encoded = cv2.imencode(".png", picture if picture.ndim == 2 else cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+def write_picture(path: Path, picture: np.ndarray) -> None:
+    """Write ids (H, W) or RGB (H, W, 3), uint8, as the suffix says: .png, or .jpg of quality 95."""
+    _, encoded = cv2.imencode(path.suffix, picture if picture.ndim == 2 else cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
     with atomic_open(path) as file:
         file.write(encoded)
-
-
-def finish(writing: list[Future]) -> None:
-    """Wait for the files of an image. Raises FileError when one could not be written: the others would not be, too."""
-    for future in writing:
-        future.result()

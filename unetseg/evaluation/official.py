@@ -10,7 +10,7 @@ from .. import checkpoint
 from ..classes import CLASS_SETS, IGNORE_INDEX, ClassSet, stored
 from ..files import UserError, exclusive, read_bytes, write_json
 from ..images import read_png
-from ..inference import predict, trained_model, write_png
+from ..inference import predict, trained_model, write_picture
 from ..processed import pair_paths, read_stats
 from ..tools.layouts import TRAIN_IDS, DataSet, find_data
 from ..tools.preprocess import shrink_mask
@@ -47,7 +47,7 @@ def score_officially(run: Path, processed: Path, out: Path, split: str | None = 
             counts += count(truth, pred)
             ceiling += count(truth, to_id[shrink_mask(mask, truth.shape[::-1])])
             files.append((out / f"{stem}_pred_labelIds.png", pairs[name].labels))
-            write_png(files[-1][0], pred)
+            write_picture(files[-1][0], pred)
     found = scores(counts, class_set) | {"ceiling": scores(ceiling, class_set), "images": len(files)}
     found |= script_scores(files)
     found |= {"weights_sha256": checkpoint.weights_sha256(run), "data_sha256": results["data_sha256"]}

@@ -1,0 +1,1 @@
+"""Trained weights for others: predictions of pictures and videos, ONNX files, a page in the browser."""
