@@ -1,4 +1,4 @@
-"""Write the README's table of speeds from benchmarks/results/.
+"""Write the tables of speeds, all in docs/speed.md and some in the README, from benchmarks/results/.
 
 python benchmarks/table.py
 """
@@ -11,15 +11,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from unetseg.files import atomic_open, read_json
 
-MARKERS = ("<!-- speed: written by make bench -->", "<!-- end of speed -->")
+CHOICES = ("straightforward script", "loop most people run")  # what a user chooses by, by what it is against
+TEXTS = {"README.md": ("choices", CHOICES), "docs/speed.md": ("speed", ("",))}  # markers, what is shown
 NAMES = ("preprocessing", "training", "predict")
 
 
-def markdown(files: list[dict]) -> str:
-    """A line per comparison, and below what machine and versions they were taken on."""
+def markdown(files: list[dict], against: tuple[str, ...] = ("",)) -> str:
+    """A line per comparison with what has one of these texts in its name, and below on what machine they were made."""
     lines = ["| what | images/s | against | times as fast (lowest-highest) |", "|---|---|---|---|"]
     for file in files:
-        for row in file["rows"]:
+        for row in (row for row in file["rows"] if any(text in row["against"] for text in against)):
             ratios = row["ratios"]
             spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
             speed = row["notes"].get("images_per_second", "–")
@@ -37,12 +38,13 @@ def committed() -> list[dict]:
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    before, rest = path.read_text(encoding="utf-8").split(MARKERS[0])
-    after = rest.split(MARKERS[1])[1]
-    with atomic_open(path) as file:
-        file.write(f"{before}{MARKERS[0]}\n{markdown(committed())}\n{MARKERS[1]}{after}".encode())
-    print(markdown(committed()))
+    for name, (marker, against) in TEXTS.items():
+        begin, end = f"<!-- {marker}: written by make bench -->\n", f"<!-- end of {marker} -->"
+        before, rest = (ROOT / name).read_text(encoding="utf-8").split(begin)
+        table = markdown(committed(), against)
+        with atomic_open(ROOT / name) as file:
+            file.write(f"{before}{begin}{table}\n{end}{rest.split(end)[1]}".encode())
+    print(table)
 
 
 if __name__ == "__main__":

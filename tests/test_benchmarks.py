@@ -1,10 +1,11 @@
-"""What the benchmarks conclude from their times, that the README says it, and the CPU half of the GPU's checks."""
+"""What the benchmarks conclude from their times, that the texts say it, and the CPU half of the GPU's checks."""
 
 import subprocess
 import sys
 from functools import partial
 
 import measure
+import pytest
 import table
 from conftest import ROOT
 
@@ -22,9 +23,10 @@ def test_contenders_work_and_end():
     assert not contender.process.is_alive()
 
 
-def test_the_readme_shows_the_committed_speeds():
-    files = table.committed()
-    assert files and table.markdown(files) in (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", table.TEXTS)
+def test_the_texts_show_the_committed_speeds(name):
+    files, against = table.committed(), table.TEXTS[name][1]
+    assert files and table.markdown(files, against) in (ROOT / name).read_text(encoding="utf-8")
 
 
 def test_the_checks_for_a_gpu_run_on_a_cpu_as_far_as_they_can(tmp_path):

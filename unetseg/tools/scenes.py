@@ -238,9 +238,9 @@ def things(rng: np.random.Generator, left: float, right: float, pavement: float)
         if rng.random() < 0.7:
             found += [(car, kerb, z) for z in np.arange(rng.uniform(6, 15), 70, 6.0) if rng.random() < 0.6]
     found += [(car, rng.uniform(left + 1.2, right - 1.2), z) for z in rng.uniform(11, 70, rng.integers(1, 7))]
-    found += [(person, beside(), z) for z in rng.uniform(4.5, 25, rng.integers(4, 11))]
-    found += [(person, rng.uniform(left, right), z) for z in rng.uniform(6, 22, rng.integers(0, 4))]
-    found += [(rider, rng.uniform(left + 0.5, right - 0.5), z) for z in rng.uniform(6, 20, rng.integers(0, 3))]
+    found += [(person, beside(), z) for z in rng.uniform(4, 15, rng.integers(5, 12))]
+    found += [(person, rng.uniform(left, right), z) for z in rng.uniform(5, 14, rng.integers(1, 5))]
+    found += [(rider, rng.uniform(left + 0.5, right - 0.5), z) for z in rng.uniform(5, 14, rng.integers(0, 3))]
     return sorted(found, key=lambda thing: -thing[2])
 
 
