@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from unetseg.evaluation import headline, read_results
-from unetseg.files import make_folder
+from unetseg.files import make_folder, read_json
 
 NOTEBOOKS = {
     "scratch": "Model_Training_UNet_From_scratch.ipynb",
@@ -23,14 +23,18 @@ NOTEBOOKS = {
 }
 
 
+SPREAD = {"mIoU": "scores mIoU", "person": "scores person"}
+
+
 class Client(NotebookClient):
-    """Runs a notebook; what it writes to stderr (progress, warnings) goes to the terminal, not into the file."""
+    """Runs a notebook; what it prints goes to the terminal, too, and warnings and progress bars only there."""
 
     def process_message(self, msg, cell, cell_index):
-        if msg["header"]["msg_type"] == "stream" and msg["content"]["name"] == "stderr":
+        if msg["header"]["msg_type"] == "stream":
             sys.stderr.write(msg["content"]["text"])
             sys.stderr.flush()
-            return None
+            if msg["content"]["name"] == "stderr":
+                return None
         return super().process_message(msg, cell, cell_index)
 
 
@@ -52,17 +56,28 @@ def fill_answer(notebook: nbformat.NotebookNode, run: Path) -> None:
     person = f", person IoU **{score['person']:.3f}**" if score.get("person") is not None else ""
     answer = (
         f"**Answer.** mIoU **{score['mIoU']:.3f}**{person} on {results['split_note']} (split `{results['split']}`), "
-        f"{width}x{height}, void rule `{results['trained_void']}`, seed {results['seed']}; "
-        f"trained in {results['train_seconds'] / 60:.1f} minutes on {results['device']}, torch {results['torch']}."
+        f"{width}x{height}, void rule `{results['trained_void']}`, seed {results['seed']}; {seeds_of(results)}. "
+        f"Trained in {results['train_seconds'] / 60:.1f} minutes on {results['device']}, torch {results['torch']}."
     )
     cell = next(cell for cell in notebook.cells if "**Answer.**" in cell.source)
     cell.source = re.sub(r"^\*\*Answer\.\*\*.*$", lambda match: answer, cell.source, flags=re.MULTILINE)
 
 
+def seeds_of(results: dict) -> str:
+    """How far seeds differ: measured for the quick schedule on drawn scenes, by report/plans/drawn.toml."""
+    plan = read_json(ROOT / "report" / "results" / "drawn" / "summary.json")
+    row, drawn = plan["rows"][results["stage"]], all("/drawn_" in image for image in results["images"])
+    if not drawn or plan["context"]["size"] != "{}x{}".format(*results["size"]) or len(row["seeds"]) < 2:
+        return "one seed, so a difference of a point or two to another run says nothing"
+    parts = [f"{name} {row['mean'][key]:.3f} ± {row['std'][key]:.3f}" for name, key in SPREAD.items()]
+    return f"over {len(row['seeds'])} seeds {', '.join(parts)}"
+
+
 def publish(done: Path, target: Path, stage: str) -> None:
     """Write an executed notebook to `target`, with the paths that suit any place instead of this execution's."""
-    notebook, paths = nbformat.read(done, as_version=4), {"data": "auto", "out": f"runs/{stage}"}
-    change_settings(notebook, paths if stage == "scratch" else paths | {"init": "runs/scratch"})
+    notebook = nbformat.read(done, as_version=4)
+    paths = {"data": "auto", "out": f"runs/{stage}", "epochs": None}
+    change_settings(notebook, paths | ({"channels": None} if stage == "scratch" else {"init": "runs/scratch"}))
     nbformat.write(notebook, target)
 
 

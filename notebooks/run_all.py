@@ -23,12 +23,9 @@ if __name__ != "__mp_main__":  # worker processes import this file, too, and nee
 
     from unetseg.files import UserError
     from unetseg.processed import find_split, read_stats
-    from unetseg.settings import PRESETS
+    from unetseg.settings import INHERITED, PRESETS
     from unetseg.tools import doctor, kaggle, preprocess, scenes
     from unetseg.tools.layouts import find_data
-
-QUICK_CHANNELS = 16
-QUICK_IMAGES = {"scratch": 2000, "weighted_ce": 800, "ce_dice": 800}  # images seen by a quick training of each stage
 
 
 def say(text: str) -> None:
@@ -63,11 +60,10 @@ def prepare(data: Path | None, home: Path, quick: bool) -> tuple[Path, int]:
 def notebook_settings(stage: str, home: Path, processed: Path, quick: bool) -> dict:
     """The settings that this job changes in a stage's notebook."""
     settings = {"data": str(processed), "out": str(home / stage)}
-    num_images = len(find_split(processed, "train").checked)
-    quick_epochs = max(2, min(60, QUICK_IMAGES[stage] // num_images))
+    quick_epochs = kaggle.quick_epochs(stage, len(find_split(processed, "train").checked))
     settings["epochs"] = quick_epochs if quick else PRESETS[stage]["epochs"]
     if stage == "scratch":
-        return settings | {"channels": QUICK_CHANNELS if quick else 32}
+        return settings | {"channels": kaggle.QUICK_CHANNELS if quick else INHERITED["channels"]}
     return settings | {"init": str(home / "scratch")}
 
 

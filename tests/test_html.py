@@ -1,13 +1,13 @@
 """`make html`: the executed notebooks as pages that need nothing else."""
 
 import re
-import shutil
 import subprocess
 import sys
 
 import nbformat
 import pytest
 import render
+from browser import find_browser
 from conftest import ROOT
 from PIL import Image
 
@@ -33,11 +33,7 @@ def test_there_is_a_page_for_each_notebook_that_loads_nothing(pages):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_browser_shows_it(pages, name, tmp_path):
-    browser = next(
-        (found for n in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(n))), None
-    )
-    if browser is None:
-        pytest.skip("needs Chromium to look at the pages")
+    browser = find_browser()
     # a browser that cannot reach anything: whatever the page still asked for would be missing
     quiet = [
         "--headless=new",

@@ -16,7 +16,7 @@ from conftest import ROOT, command, process, same, without_timings
 from PIL import Image
 
 import unetseg
-from unetseg import checkpoint, evaluation, inference, run
+from unetseg import checkpoint, evaluation, run
 from unetseg.data import Batches, load_split
 from unetseg.files import UserError, read_json, write_json
 from unetseg.losses import cross_entropy
@@ -198,7 +198,7 @@ def test_a_foreign_network_trains_resumes_is_scored_and_predicts(make, processed
     assert without_timings(history) == without_timings(whole)
     assert evaluation.evaluate_run(tmp_path / "run", processed)["num_images"] == 2
     Image.new("RGB", (70, 50)).save(tmp_path / "a.png")
-    assert inference.predict_files(tmp_path / "run", [tmp_path / "a.png"], tmp_path / "out") == (1, [])
+    assert command("predict", tmp_path / "run", tmp_path / "a.png", "--out", tmp_path / "out") == 0
     tuned = Settings("ce_dice", processed, tmp_path / "tuned", init=tmp_path / "run", epochs=1, batch_size=4)
     assert run.resolve(tuned).model == "foreign" and len(run.train(tuned, log=print)) == 1
 
@@ -436,49 +436,6 @@ def test_a_finished_run_on_a_read_only_place_is_used_as_it_is(home, processed, m
     assert train(home, processed) == 0
     assert command("evaluate", home / "scratch", "--data", processed) == 0
     assert "pixel" not in capsys.readouterr().err
-
-
-# ---- predict
-
-
-def test_predict_writes_ids_colours_and_overlays_at_the_inputs_size(made, tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    (tmp_path / "in put" / "deep").mkdir(parents=True)
-    for name, size in (("a.png", (70, 90)), ("deep/straße.jpg", (33, 41))):
-        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(tmp_path / "in put" / name)
-    (tmp_path / "in put" / "broken.png").write_bytes(b"no image")
-    for _ in range(2):  # the second time the output is there, too
-        assert command("predict", made / "scratch", tmp_path / "in put", "--out", tmp_path / "in put") == 1
-    said = capsys.readouterr()
-    assert (
-        "broken.png: expected a readable image" in said.err and "2 written to" in said.out and "1 left out" in said.out
-    )
-    for stem, size in (("a", (90, 70)), ("straße", (41, 33))):
-        ids = Image.open(tmp_path / "in put" / "ids" / f"{stem}.png")
-        assert ids.mode == "L" and ids.size == size and np.max(ids) < 7
-        for folder in ("colour", "overlay"):
-            picture = Image.open(tmp_path / "in put" / folder / f"{stem}.png")
-            assert picture.mode == "RGB" and picture.size == size
-
-
-def test_predict_reports_a_picture_that_cannot_be_resized_and_does_the_rest(made, tmp_path, capsys):
-    Image.new("RGB", (33_554_432, 1)).save(tmp_path / "wide.png")
-    Image.new("RGB", (90, 70)).save(tmp_path / "fine.png")
-    assert command("predict", made / "scratch" / "model.safetensors", tmp_path, "--out", tmp_path / "out") == 1
-    said = capsys.readouterr()
-    assert "wide.png: " in said.err and "Traceback" not in said.err and "1 written to" in said.out
-    assert command("predict", made / "scratch", tmp_path / "nowhere.png", "--out", tmp_path / "out") == 1
-    assert "nowhere.png: expected an image or a folder of images" in capsys.readouterr().err
-
-
-def test_predictions_are_the_argmax_of_the_upsampled_logits(made):
-    model, about = inference.trained_model(made / "scratch")
-    image = np.random.default_rng(0).integers(0, 256, (128, 256, 3), dtype=np.uint8)
-    pred = inference.predict(model, image, (about["width"], about["height"]))
-    small = torch.from_numpy(inference.shrink(image, (64, 32))).permute(2, 0, 1)[None] / 255
-    with torch.inference_mode():
-        large = torch.nn.functional.interpolate(model(small), (128, 256), mode="bilinear", align_corners=False)
-    assert (pred == large.argmax(dim=1)[0].numpy()).mean() > 0.999
 
 
 def test_scenes_command(tmp_path):

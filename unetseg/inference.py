@@ -1,5 +1,6 @@
 """Trained weights at work: predictions for images of any size."""
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -24,8 +25,16 @@ def trained_model(run_or_weights: Path) -> tuple[nn.Module, dict]:
 
 
 def augmented(settings: Settings, train_set: SegmentationSet, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """What the network sees: images (n, H, W, 3) uint8 and masks (n, H, W) uint8 of the first epoch."""
-    images, masks, _ = next(Batches(train_set, count, torch.device("cpu"), settings).epoch(1))
+    """What the network sees of the image with the most people: images (n, H, W, 3) and masks (n, H, W), uint8, first as
+    they are, then as in n - 1 epochs, each with an occluder where the settings have any."""
+    people = [train_set.class_set.names.index(name) for name in train_set.class_set.people]
+    index = int(train_set.num_pixels[:, people].sum(axis=1).argmax())
+    kept = slice(index, index + 1)
+    one = replace(train_set, images=train_set.images[kept], masks=train_set.masks[kept])
+    views = [one.batch(torch.tensor([0]), torch.device("cpu"))]
+    batches = Batches(one, 1, torch.device("cpu"), replace(settings, occlusion=float(settings.occlusion > 0)))
+    views += [next(batches.epoch(number))[:2] for number in range(1, count)]
+    images, masks = (torch.cat(parts) for parts in zip(*views))
     return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy(), masks.to(torch.uint8).numpy()
 
 

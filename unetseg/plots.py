@@ -1,5 +1,7 @@
 """Every figure of the project: each function takes arrays or results and returns a matplotlib Figure, or a text."""
 
+import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from .classes import IGNORE_INDEX, PEOPLE, ClassSet
 from .files import atomic_open, make_folder
 
 STAGE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # Okabe & Ito's colour-blind-safe palette
-WIDTH = 8.5  # inches: a notebook's column
+WIDTH, SCREEN = 8.5, 92  # inches: a notebook's column; pixels per inch there
 
 
 def panels(rows: list[list[np.ndarray]], titles: list[str], class_set: ClassSet, row_names: list[str] = ()) -> Figure:
@@ -141,8 +143,9 @@ def robustness_curves(found: dict) -> Figure:
 
 
 def iou_by_stage(scores: dict[str, dict[str, float | None]]) -> Figure:
-    """IoU per class of several runs; scores: run -> {class or "mIoU": value in [0, 1], None for an absent class}."""
-    names = list(next(iter(scores.values())))
+    """IoU per class of several runs; scores: run -> {class or "mIoU": value in [0, 1], None for an absent class}; their
+    accuracy is left out."""
+    names = [name for name in next(iter(scores.values())) if name != "accuracy"]
     values = [[np.nan if score[name] is None else score[name] for name in names] for score in scores.values()]
     styles = [{"color": STAGE_COLOURS[n % len(STAGE_COLOURS)], "label": run} for n, run in enumerate(scores)]
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
@@ -159,11 +162,12 @@ def _grouped_bars(ax: Axes, names: list[str], groups: list, styles: list[dict], 
     for group, (values, style) in enumerate(zip(groups, styles, strict=True)):
         places = np.arange(len(names)) + (group - (len(groups) - 1) / 2) * width
         bars = ax.bar(places, values, width, **style)
-        ax.bar_label(bars, [number.format(v) if v == v else "–" for v in values], fontsize=7, padding=1)
+        texts, upright = [number.format(v) if v == v else "–" for v in values], 90 * (len(names) * len(groups) > 16)
+        ax.bar_label(bars, texts, fontsize=7, padding=2, rotation=upright)
     ax.set_xticks(range(len(names)), names, rotation=30 if len(names) > 9 else 0)
 
 
-def save(figure: Figure, path: Path, dpi: int = 92) -> Path:
+def save(figure: Figure, path: Path, dpi: int = 2 * SCREEN) -> Path:
     """Write a figure as .png or .svg (drawings) or .jpg (photographs, smaller), atomically; same figure, same bytes."""
     quality = {".jpg": {"pil_kwargs": {"quality": 72}}, ".svg": {"metadata": {"Date": None}}}.get(path.suffix, {})
     make_folder(path.parent)
@@ -173,10 +177,33 @@ def save(figure: Figure, path: Path, dpi: int = 92) -> Path:
 
 
 def show(figure: Figure, path: Path):
-    """Save a figure and return it as a notebook cell's picture."""
+    """Save a figure and return it as a notebook cell's picture, at double density."""
     from IPython.display import Image
 
-    return Image(filename=str(save(figure, path)))
+    return Image(filename=str(save(figure, path)), width=round(figure.get_figwidth() * SCREEN))
+
+
+class LiveCurves:
+    """`show` of `run.train` in a notebook: a line per epoch, and curves that are redrawn now and then."""
+
+    def __init__(self, path: Path, every: float = 5.0) -> None:
+        self.path, self.every, self.drawn, self.handle = path, every, -math.inf, None
+
+    def __call__(self, history: list[dict]) -> None:
+        row = history[-1]
+        losses = f"loss {row['train_loss']:.3f}, on val {row['val_loss']:.3f}, val mIoU {row['val_miou']:.3f}"
+        print(f"epoch {row['epoch']:>3}  {losses}, {row['seconds']:.0f} s", flush=True)
+        if time.monotonic() - self.drawn > self.every:
+            self.draw(history)
+
+    def draw(self, history: list[dict]) -> None:
+        from IPython.display import display
+
+        picture, self.drawn = show(training_curves(history), self.path), time.monotonic()
+        if self.handle:
+            self.handle.update(picture)
+        else:
+            self.handle = display(picture, display_id=True)
 
 
 def _clean(figure: Figure) -> Figure:

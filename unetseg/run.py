@@ -34,10 +34,16 @@ from .train import State, Stopper, TrainingStopped, fit
 Sets = tuple[SegmentationSet, SegmentationSet]
 
 
-def train(settings: Settings, log: Callable[[dict], None] | None = None, sets: Sets | None = None) -> list[dict]:
+def train(
+    settings: Settings,
+    log: Callable[[dict], None] | None = None,
+    sets: Sets | None = None,
+    show: Callable[[list[dict]], None] | None = None,
+) -> list[dict]:
     """Train a run, or resume it where it was interrupted; returns its history, which a time limit may cut short.
 
     log   called with each new row of the history, in place of W&B
+    show  called with the history after each epoch, in place of a progress bar
     sets  training and val set from `load_sets`, where they are in memory already
     Raises UserError when the run folder is another run's or in use, TrainingStopped when training cannot go on.
     """
@@ -49,7 +55,7 @@ def train(settings: Settings, log: Callable[[dict], None] | None = None, sets: S
     if done and len(history) == config["cycles"][-1]:
         return history
     if settings.num_processes > 1 and not distributed.launched():
-        return launch(settings, config, log)
+        return launch(settings, config, log, show)
     with exclusive(run) if distributed.rank() == 0 else contextlib.nullcontext():
         distributed.from_first(partial(write_json, run / CONFIG, config))
         be_deterministic(settings.deterministic)
@@ -63,10 +69,10 @@ def train(settings: Settings, log: Callable[[dict], None] | None = None, sets: S
         val_batches = Batches(val_set, settings.batch_size, device)
         loss_fn = loss_function(settings, train_set, device)
         state = State(model, run, config, len(train_batches), stopper)
-        if log or distributed.rank() > 0:
-            return fit(state, loss_fn, train_batches, val_batches, log or (lambda row: None))
-        with Tracker(run, config, val_set, state) as tracker:
-            return fit(state, loss_fn, train_batches, val_batches, tracker.log)
+        silent = log or distributed.rank() > 0
+        with contextlib.nullcontext() if silent else Tracker(run, config, val_set, state) as tracker:
+            write = log or (tracker.log if tracker else lambda row: None)
+            return fit(state, loss_fn, train_batches, val_batches, write, show)
 
 
 def resolve(settings: Settings) -> Settings:
@@ -79,6 +85,7 @@ def resolve(settings: Settings) -> Settings:
             if getattr(settings, name) not in (None, known[name]):
                 found = getattr(settings, name)
                 raise SettingsError(f"{name}: expected {known[name]} as in {settings.init}, found {found}")
+    known = known | {"num_processes": 1}
     return replace(settings, **{name: value for name, value in known.items() if getattr(settings, name) is None})
 
 
@@ -189,13 +196,14 @@ def summary(history: list[dict]) -> str:
     return f"val mIoU {history[-1]['val_miou']:.4f} after {len(history)} epochs"
 
 
-def launch(settings: Settings, config: dict, log: Callable[[dict], None] | None) -> list[dict]:
+def launch(settings: Settings, config: dict, log: Callable | None, show: Callable | None) -> list[dict]:
     """Train in settings.num_processes processes, by torchrun as a child on config.json; returns the history."""
     run, number = make_folder(Path(settings.out)), settings.num_processes
     write_json(run / CONFIG, config)
     paths = filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")])
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // number))} | os.environ
     environment |= {"PYTHONPATH": os.pathsep.join(paths)} | ({"WANDB_MODE": "disabled"} if log else {})
+    environment |= {"TQDM_DISABLE": "1"} if show else {}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
     command, seen = [*torchrun, "-m", "unetseg", "resume", str(run)], len(checkpoint.read_history(run))
     options = {"stdout": subprocess.DEVNULL, "start_new_session": True, "preexec_fn": end_with_parent}
@@ -207,6 +215,8 @@ def launch(settings: Settings, config: dict, log: Callable[[dict], None] | None)
             history = checkpoint.read_history(run)
             for row in history[seen:] if log else ():
                 log(row)
+            if show and len(history) > seen:
+                show(history)
             seen = len(history)
             time.sleep(0 if ended else 0.2)
     except KeyboardInterrupt:  # which has not reached torchrun, in a session of its own

@@ -74,7 +74,7 @@ class Settings:
     deterministic: bool = knob(False, "bitwise reproducible on a GPU, and slower (a CPU always is)")
     project: str | None = knob(None, "W&B project (default: WANDB_PROJECT, or unetseg)")
     max_minutes: float | None = knob(None, "save and stop before this time limit", low=1e-3, high=1e6)
-    num_processes: int = knob(1, "processes on this machine, one per GPU", low=1, high=64)
+    num_processes: int | None = knob(None, "processes here, one per GPU (1; in notebooks all GPUs)", low=1, high=64)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

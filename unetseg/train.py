@@ -192,16 +192,25 @@ class State:
         self.sums = self.sums * torch.tensor([0, 0, 0, 1], device=self.device)
 
 
-def fit(state: State, loss_fn: Callable, train_batches, val_batches, log: Callable[[dict], None]) -> list[dict]:
+def fit(
+    state: State,
+    loss_fn: Callable,
+    train_batches,
+    val_batches,
+    log: Callable[[dict], None],
+    show: Callable | None = None,
+) -> list[dict]:
     """Train from where the state stands to the last epoch of its config; returns the history.
 
     train_batches, val_batches  with .epoch(number, first batch) -> iterable of (images, masks, indices)
     log                         called with each epoch's row of the history
+    show                        called with the history after each epoch, in place of a progress bar
     When the stopper ends it early, the history is shorter and the state is saved. Raises TrainingStopped.
     """
     num_epochs, size, batch_size = state.config["cycles"][-1], len(train_batches.dataset), train_batches.batch_size
     done = len(state.history) * size + min(state.step * batch_size, size)
-    bar = tqdm(desc=state.run.name, total=num_epochs * size, initial=done, unit="img", mininterval=1)
+    options = {"total": num_epochs * size, "initial": done, "unit": "img", "mininterval": 1, "disable": bool(show)}
+    bar = tqdm(desc=state.run.name, **options)
     with state.stopper.listening(), bar:
         try:
             while state.epoch <= num_epochs:
@@ -212,6 +221,8 @@ def fit(state: State, loss_fn: Callable, train_batches, val_batches, log: Callab
                 state.end_epoch(row, result.confusion)
                 log(row)
                 state.save()
+                if show:
+                    show(state.history)
         except Pause as pause:
             place = f"in epoch {state.epoch} of {num_epochs}, after step {state.step} of {state.steps_per_epoch}"
             if distributed.rank() == 0:

@@ -2,12 +2,16 @@
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from .. import checkpoint
 from ..files import UserError
+from ..processed import find_split
 from ..settings import Settings
 from . import preprocess
 from .layouts import describe, find_data_sets
@@ -18,10 +22,13 @@ DEEPEST = 6  # folders below /kaggle/input that are looked into: datasets/<owner
 INSIDE = ("images_processed", "masks_processed", "visualizations", "leftImg8bit", "gtFine", "wandb")
 INSIDE += (preprocess.UNFINISHED,)
 DRAWN = {"train": 64, "val": 40}  # scenes
+QUICK_CHANNELS, QUICK_IMAGES = 16, {"scratch": 2000, "weighted_ce": 800, "ce_dice": 800}  # images that a stage sees
+SESSION_MINUTES, BEGUN = 690, time.monotonic()  # of the twelve hours that Kaggle gives; the import, as a session begins
 
 
 def prepare(settings: Settings) -> Settings:
-    """The same settings with data that are there; prints what was found, and makes what is missing.
+    """The same settings with data that are there, and a schedule, a number of processes and a time limit that suit them
+    where the settings have None; prints what was found, and makes what is missing.
 
     data="auto" becomes the folder `processed` beside the run folder; else an attached processed folder; else one made
     from attached raw data or, where no pictures are attached, from drawn scenes. A raw data set by its folder becomes
@@ -31,10 +38,30 @@ def prepare(settings: Settings) -> Settings:
     take_key()
     home = Path(settings.out).parent
     bring_runs(home)
-    if settings.data == "auto":
-        return replace(settings, data=str(find_data(home)))
+    if settings.init is not None:
+        checkpoint.read_about(Path(settings.init))  # says what is missing before any work
     raw = Path(settings.data).is_dir() and not list(Path(settings.data).glob("stats_*.json"))
-    return replace(settings, data=str(find_data(home, Path(settings.data)))) if raw else settings
+    if settings.data == "auto" or raw:
+        settings = replace(settings, data=str(find_data(home, Path(settings.data) if raw else None)))
+    suggested = suggestions(settings)
+    return replace(settings, **{name: value for name, value in suggested.items() if getattr(settings, name) is None})
+
+
+def suggestions(settings: Settings) -> dict:
+    """Every GPU; on Kaggle what is left of a session; on drawn scenes a quick schedule and a small network."""
+    found: dict = {"num_processes": max(1, torch.cuda.device_count())}
+    if KAGGLE.is_dir():
+        found["max_minutes"] = SESSION_MINUTES - (time.monotonic() - BEGUN) / 60
+    stems = list(find_split(Path(settings.data), "train").checked)
+    if all(stem.startswith("drawn_") for stem in stems):
+        print("drawn scenes: the quick schedule, where epochs and channels are None")
+        found["epochs"] = quick_epochs(settings.stage, len(stems))
+        found |= {"channels": QUICK_CHANNELS} if settings.init is None else {}
+    return found
+
+
+def quick_epochs(stage: str, num_images: int) -> int:
+    return max(2, min(60, QUICK_IMAGES.get(stage, 2000) // num_images))
 
 
 def take_key() -> None:

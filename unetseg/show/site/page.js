@@ -7,10 +7,9 @@ const views = [...document.querySelectorAll("figure")].map((figure) => ({
 const worker = new Worker("worker.js"), waiting = new Map(), off = new Set();
 let models = [], picture = null, occluders = [], drag = null, round = 0, stream = null;
 
-worker.onmessage = ({ data }) => { waiting.get(data.id)?.(data); waiting.delete(data.id); };
+worker.onmessage = ({ data }) => { waiting.get(data.id)(data); waiting.delete(data.id); };
 worker.onerror = (event) => say(`This browser cannot run the network: ${event.message}`);
 const say = (text) => { $("status").textContent = text; };
-
 function ask(message) { // the worker's answer
   const id = Math.random();
   return new Promise((done) => { waiting.set(id, done); worker.postMessage({ id, ...message }); });
