@@ -29,15 +29,20 @@ def test_no_gpu_no_data_and_no_key_are_states(quick, capsys, monkeypatch):
     assert status == 0 and said.endswith("\nready\n")
     assert all(text in said for text in ("none given", "no key", "torch ", "GiB free", "precision "))
     # 75 epochs of 2975 / 4 + 250 / 3 images and 25 of 2975 + 250 / 3, then 30 and 30, at a tenth of a second
-    assert "scratch 3.8 h, weighted_ce 2.5 h, ce_dice 2.5 h" in said and "8.9 h, fits a Kaggle session" in said
+    assert "scratch 3.8 h, weighted_ce 2.5 h, ce_dice 2.5 h" in said and "all three: 8.9 h\n" in said
+
+
+def test_sessions_and_a_busy_machine_are_said_where_they_are(quick, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "KAGGLE", tmp_path)
+    monkeypatch.setattr(doctor.os, "getloadavg", lambda: (64.0, 0, 0))
+    said = examined(capsys)[1]
+    assert "1 of Kaggle's sessions of 12 h" in said and "the machine is busy" in said
 
 
 def test_processed_data_are_described(quick, capsys, processed):
     status, said = examined(capsys, "--data", processed)
     assert status == 0 and "processed, cityscapes7 (0..6, void 255), 64x32" in said
-    assert (
-        "train: 6 pairs" in said and "val: 2 pairs, 2 of the 4 val images" in said and "fits a Kaggle session" in said
-    )
+    assert "train: 6 pairs" in said and "val: 2 pairs, 2 of the 4 val images" in said and "Kaggle" not in said
 
 
 def test_raw_data_are_described(quick, capsys, raw):

@@ -229,11 +229,16 @@ def test_what_was_logged_is_read_back_from_the_offline_file(nobody, train):
     folder, _ = train()
     (path,) = files(folder)
     assert path.parent.name.startswith("offline-run-")
-    first, second, final = (row for row in wandb_file.history(path) if set(row) - {"_step", "_runtime", "_timestamp"})
+    first, table, second, final = (
+        row for row in wandb_file.history(path) if set(row) - {"_step", "_runtime", "_timestamp"}
+    )
     history = checkpoint.read_history(folder)
     assert first["train/loss"] == history[0]["train_loss"] and first["val/iou/road"] == history[0]["val_iou_road"]
     assert {"epoch", "train/lr", "train/skipped_steps", "val/loss", "val/accuracy"} <= set(first)
     assert first["val/pictures"]["count"] == 2 and len(first["val/pictures"]["all_masks"]) == 2
+    media = next(folder.rglob("media/table/val/*.table.json"))
+    columns = ["epoch", "name", "image", "truth", "prediction", "mIoU", "background"]
+    assert table["val/table"]["nrows"] == 2 and json.loads(media.read_text())["columns"][:7] == columns
     assert second["epoch"] == 2 and "val/pictures" not in second and "train/gpu_gibibytes" not in second
     assert {"final/pictures", "final/classes"} < set(final) and any(key.startswith("final/confusion") for key in final)
     artifact, sha256 = wandb_file.last(path, "artifact"), checkpoint.weights_sha256(folder)

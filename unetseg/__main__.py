@@ -10,12 +10,14 @@ if __name__ == "__main__":  # an exception in the middle of torch's imports woul
 
 import argparse
 import atexit
+import shlex
 import sys
 import threading
 import warnings
 from pathlib import Path
 from typing import NoReturn
 
+from . import __version__, commit
 from .files import UserError
 from .settings import KNOBS, Settings, SettingsError, add_flags, complete
 from .tools import parse_size, whole_number
@@ -25,7 +27,8 @@ SPLITS = ("test", "val", "val_all", "train", "fold0", "fold1", "fold2", "fold3")
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m unetseg", description="Street-scene segmentation with a U-Net.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser.add_argument("--version", action="version", version=f"unetseg {__version__}, commit {commit()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("preprocess", help="raw data -> processed folder", add_help=False)  # has a parser of its own
     add = commands.add_parser("scenes", help="draw street scenes in the Cityscapes layout").add_argument
     add("out", type=Path)
@@ -119,6 +122,9 @@ def scenes(args: argparse.Namespace) -> int:
 
     listen()
     draw_dataset(args.out, {"train": args.train, "val": args.val}, args.size, args.seed)
+    number, size = f"{args.train} train and {args.val} val scenes", f"{args.size[0]}x{args.size[1]}"
+    say(f"{number} of {size}, seed {args.seed}, in {args.out}")
+    say(f"next: python -m unetseg preprocess --data-dir {shlex.quote(str(args.out))} --output-dir processed")
     return 0
 
 

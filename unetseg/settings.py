@@ -25,6 +25,8 @@ PRESETS = {  # a stage is a loss x an augmentation x a starting point; the two f
 }
 TITLES = {"scratch": "from scratch, CE", "weighted_ce": "weighted CE + occlusion", "ce_dice": "CE + Dice + occlusion"}
 FINE_TUNINGS = ("weighted_ce", "ce_dice")
+GROUPS = {"data": "data and folders", "epochs": "schedule", "model": "network", "void": "loss"}  # from a setting on
+GROUPS |= {"augment": "augmentation", "precision": "machine and log"}
 INHERITED = {"model": "context_unet", "channels": 32, "depth": 4, "void": "ignore"}  # from `init`, or these defaults
 FREE = ("data", "out", "init", "epochs", "project", "max_minutes", "num_processes")  # may change when a run resumes
 
@@ -54,10 +56,10 @@ class Settings:
     schedule: str | None = knob(None, "learning rate over time", choices=("one_cycle", "constant"))
     optimizer: str | None = knob(None, "optimiser", choices="optimizers.OPTIMIZERS")
     weight_decay: float | None = knob(None, "decoupled weight decay", low=0, high=10)
+    seed: int = knob(0, "seed of weights, sample order and augmentation", low=0, high=2**32 - 1)
     model: str | None = knob(None, "network", choices="model.MODELS")
     channels: int | None = knob(None, "width of the first level", low=1, high=1024)
     depth: int | None = knob(None, "number of downsamplings", low=1, high=8)
-    seed: int = knob(0, "seed of weights, sample order and augmentation", low=0, high=2**32 - 1)
     void: str | None = knob(None, "void pixels: ignore, or count as background", choices=("ignore", "background"))
     loss: str | None = knob(None, "loss function", choices="losses.LOSSES")
     weighting: str | None = knob(None, "class weights from pixel frequencies", choices="data.WEIGHTINGS")
@@ -144,10 +146,12 @@ def named_by(function: Callable, settings: dict) -> dict:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """One flag per setting; a setting that is not given keeps its default."""
     parser.add_argument("stage", choices=tuple(PRESETS), help=KNOBS["stage"].metadata["help"])
+    group = parser
     for name, declared in list(KNOBS.items())[1:]:
+        group = parser.add_argument_group(GROUPS[name]) if name in GROUPS else group
         flag, text, choices = f"--{name.replace('_', '-')}", declared.metadata["help"], declared.metadata["choices"]
         if kind(name) is bool:
-            parser.add_argument(flag, action="store_true", default=None, help=text)
+            group.add_argument(flag, action="store_true", default=None, help=text)
             continue
         default = INHERITED.get(name, declared.default)
         values = [default] if default is not None else [preset[name] for preset in PRESETS.values() if name in preset]
@@ -156,4 +160,4 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         text += f" ({default})" if default else ""
         allowed = choices if choices and not isinstance(choices, str) else None
         options = {"nargs": "*"} if kind(name) is tuple else {"type": kind(name), "choices": allowed}
-        parser.add_argument(flag, **options, required=name in ("data", "out"), help=text)
+        group.add_argument(flag, **options, required=name in ("data", "out"), help=text)

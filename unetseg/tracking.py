@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from . import checkpoint
-from .classes import IGNORE_INDEX
+from .classes import IGNORE_INDEX, stored
 from .data import SegmentationSet
 from .files import UserError, read_json, write_json
 from .inference import predictions, trained_model
-from .metrics import scores, under_rule
+from .metrics import confusion_matrices, iou, miou, scores, under_rule
 from .train import State
 
 LIMITS = {"init_timeout": 8, "finish_timeout": 6, "finish_timeout_raises": True}  # seconds that W&B may wait
@@ -30,6 +31,7 @@ class Tracker:
 
     def __init__(self, folder: Path, config: dict, val_set: SegmentationSet, state: State) -> None:
         self.folder, self.config, self.val_set, self.state, self.run = folder, config, val_set, state, None
+        self.tables = True
         new = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else secrets.token_hex(4)
         self.record = {"id": new, "epochs": 0, "weights": None} | read_record(folder)
         self.every = max(1, config["cycles"][-1] // 10, -(-PICTURE_STEPS // state.steps_per_epoch))
@@ -96,12 +98,33 @@ class Tracker:
     def log(self, row: dict) -> None:
         """Log a row of the history and, now and then, what the network makes of the same few val images."""
         with print_problems():
-            if self.run:
-                pictures = {}
-                if row["epoch"] == 1 or row["epoch"] % self.every == 0:
-                    shown = predictions(self.state.average.module, self.val_set, PICTURES, self.state.precision)
-                    pictures["val/pictures"] = overlays(*shown, self.config["classes"])
-                self.run.log(values(row) | pictures)
+            if not self.run:
+                return
+            if row["epoch"] > 1 and row["epoch"] % self.every:
+                self.run.log(values(row))
+                return
+            shown = predictions(self.state.average.module, self.val_set, PICTURES, self.state.precision)
+            self.run.log(values(row) | {"val/pictures": overlays(*shown, self.config["classes"])})
+            if self.tables:  # which ask the server first; one that does not answer is asked once
+                self.tables = False
+                table = self.table(row["epoch"], *shown)
+                bounded(6, lambda: self.run.log({"epoch": row["epoch"], "val/table": table}))
+                self.tables = True
+
+    def table(self, epoch: int, images: np.ndarray, masks: np.ndarray, preds: np.ndarray) -> object:
+        """A row per image: itself, truth and prediction in the classes' colours, mIoU, and the IoU of each class."""
+        import wandb
+
+        class_set, void = stored(self.config), self.state.void
+        confusions = confusion_matrices(torch.from_numpy(preds), torch.from_numpy(masks), len(class_set)).numpy()
+        places = np.linspace(0, len(self.val_set) - 1, len(images)).round().astype(int)
+        table = wandb.Table(["epoch", "name", "image", "truth", "prediction", "mIoU", *class_set.names])
+        for place, image, mask, pred, confusion in zip(places, images, masks, preds, confusions):
+            pictures = (wandb.Image(x, file_type="jpg") for x in (image, class_set.paint(mask), class_set.paint(pred)))
+            counts = under_rule(confusion, void)
+            ious = [None if value != value else float(value) for value in (miou(counts), *iou(counts))]
+            table.add_data(epoch, self.val_set.split.images[place], *pictures, *ious)
+        return table
 
     def log_final(self) -> None:
         """Log what the final weights do on val (pictures, confusion matrix, scores), and the weights."""

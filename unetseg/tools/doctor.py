@@ -22,12 +22,15 @@ from ..processed import read_stats
 from ..settings import INHERITED, PRESETS, TITLES
 from ..train import forward
 from .judge import judge_ids
+from .kaggle import KAGGLE
 from .layouts import choose_splits, find_data
 from .preprocess import check_ids, choose_classes, count_ids
 
 GIB = 1 << 30
 CITYSCAPES = {"train": 2975, "val": 250}  # images
 SESSION = 12  # hours of a Kaggle session
+MOST_SECONDS = 8.0  # of measured training steps
+BUSY = 0.5  # processes that wait or work, per core, from which times are too long
 SAMPLES = 16  # label files read of each split of raw data
 LEAST_DISK = 2  # GiB for a run's weights, state, pictures and logs
 
@@ -51,7 +54,9 @@ def examine(data: Path | None) -> int:
     finding("disk", disk_space)
     found = finding("data", describe_data, data) or (7, (256, 256), CITYSCAPES)
     finding("W&B", describe_wandb)
+    finding("load", machine_load)
     if not problems:
+        print("training     measuring a few steps ...", file=sys.stderr, flush=True)
         finding("training", forecast, *found)
     print(f"\nto change    {problems[0]}" if problems else "\nready")
     return 1 if problems else 0
@@ -67,6 +72,13 @@ def computing_device() -> tuple[str, None]:
     names = [f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / GIB:.0f} GiB: a kernel runs" for gpu in gpus]
     names = names or [f"{device.device_name(chosen)}, {os.cpu_count()} cores; no GPU"]
     return f"{'; '.join(names)}; precision {device.precision_rule(chosen)}", None
+
+
+def machine_load() -> tuple[str, None]:
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load < BUSY * cores:
+        return f"{load:.1f} of {cores} cores busy", None
+    return f"{load:.1f} processes for {cores} cores: the machine is busy, so the times below are too long", None
 
 
 def disk_space() -> tuple[str, None]:
@@ -155,22 +167,22 @@ def forecast(num_classes: int, size: tuple[int, int], images: dict[str, int]) ->
     for name in TITLES:
         work = images["train"] * (1 - 0.75 * PRESETS[name]["half_size"]) + images["val"] / 3
         hours[name] = PRESETS[name]["epochs"] * work * seconds / 3600
-    parts, sessions = ", ".join(f"{n} {duration(h)}" for n, h in hours.items()), -(-sum(hours.values()) // SESSION)
-    fits = "fits a Kaggle session" if sessions <= 1 else f"takes {sessions:.0f} Kaggle sessions"
+    parts, total = ", ".join(f"{n} {duration(h)}" for n, h in hours.items()), duration(sum(hours.values()))
     network = f"channels {INHERITED['channels']}, depth {INHERITED['depth']}, {size[0]}x{size[1]}"
-    total = f"all three: {duration(sum(hours.values()))}, {fits} of {SESSION} h"
-    return f"{1 / seconds:.1f} images/s ({network}): {parts}\n             {total}", None
+    if KAGGLE.is_dir():
+        total += f", {-(-sum(hours.values()) // SESSION):.0f} of Kaggle's sessions of {SESSION} h"
+    return f"{1 / seconds:.1f} images/s ({network}): {parts}\n             all three: {total}", None
 
 
 def seconds_per_image(num_classes: int, size: tuple[int, int], channels: int = INHERITED["channels"]) -> float:
-    """Seconds of training per image: the median of ten measured steps of eight images."""
+    """Seconds of training per image: the median of at most ten steps of eight images, after two to warm up."""
     where = device.pick_device()
     model, seconds = MODELS[INHERITED["model"]](num_classes, channels), []
     model = model.to(where, memory_format=torch.channels_last).train()
     optimizer = OPTIMIZERS[PRESETS["scratch"]["optimizer"]](model.parameters(), fused=True)
     images = torch.rand(8, 3, *size[::-1], device=where)
     masks = torch.zeros(8, *size[::-1], dtype=torch.long, device=where)
-    for _ in range(12):  # the first two are to warm up
+    while len(seconds) < 12 and (len(seconds) < 3 or sum(seconds) < MOST_SECONDS):
         start = time.perf_counter()
         loss, _ = deep_supervision(cross_entropy, forward(model, images, device.precision_rule(where)), masks)
         loss.backward()

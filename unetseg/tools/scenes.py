@@ -288,16 +288,22 @@ def draw_dataset(out: Path, num_scenes: dict[str, int], size: tuple[int, int] = 
     """Write scenes under `out` as leftImg8bit/<split>/drawn and gtFine/<split>/drawn; returns how many were new.
 
     num_scenes  split name -> number of scenes; scene i of a split depends on (seed, split, i) alone
+    Raises UserError where scenes of another seed or size lie.
     """
     if min(size) < 64:
         raise UserError(f"scenes: expected at least 64 pixels a side, found {size[0]}x{size[1]}")
+    for path in out.glob("gtFine/*/drawn/*.png"):
+        there = Image.open(path).size
+        if there != size or not path.name.startswith(f"drawn_{seed:06d}_"):
+            found, wanted = f"{path.name} of {there[0]}x{there[1]}", f"scenes of seed {seed}, {size[0]}x{size[1]}"
+            raise UserError(f"{out}: expected {wanted}, found {found}; use another folder")
     jobs = []
     for number, (split, count) in enumerate(num_scenes.items()):
         for place in range(count):
             stem = f"drawn_{seed:06d}_{place:06d}"
             image_path = out / "leftImg8bit" / split / "drawn" / f"{stem}_leftImg8bit.png"
             labels_path = out / "gtFine" / split / "drawn" / f"{stem}_gtFine_labelIds.png"
-            if not (image_path.is_file() and labels_path.is_file() and Image.open(labels_path).size == size):
+            if not (image_path.is_file() and labels_path.is_file()):
                 jobs.append((size, (seed, number, place), image_path, labels_path))
     if jobs:
         with worker_pool() as pool:

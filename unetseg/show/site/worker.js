@@ -52,7 +52,7 @@ async function predict({ model, pixels, width, height }) {
   const session = await sessions[model], started = performance.now();
   const area = width >= about.width && height >= about.height, halves = width === 2 * about.width && height === 2 * about.height;
   const small = resize(pixels, width, height, 4, 3, about.width, about.height, area);
-  const rounded = Uint8Array.from(small, (x) => (x % 1 === 0.5 && !halves ? 2 * Math.round(x / 2) : Math.round(x))); // as OpenCV
+  const rounded = Uint8Array.from(small, (x) => (x % 1 === 0.5 && area && !halves ? 2 * Math.round(x / 2) : Math.round(x))); // as OpenCV
   const image = new ort.Tensor("uint8", rounded, [1, about.height, about.width, 3]);
   const { logits } = await session.run({ image });
   const ids = highest(logits.data, logits.dims, width, height), counts = new Array(about.names.length).fill(0);
