@@ -11,24 +11,30 @@ import sys
 import tempfile
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+import torch
 import typst
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from unetseg import plots
+from unetseg.augment import AUGMENTATIONS, Source, occlude
 from unetseg.checkpoint import read_config, read_history
-from unetseg.classes import stored
+from unetseg.classes import CLASS_SETS, IGNORE_INDEX, stored
 from unetseg.evaluation import comparable, headline, joined, read_results
 from unetseg.files import atomic_open, make_folder, read_json, write_json
+from unetseg.images import read_photo, read_png
+from unetseg.inference import predict, trained_model
 from unetseg.settings import FREE, TITLES
+from unetseg.tools.scenes import draw_scene
 
 RESULTS = ROOT / "report" / "results"
 PICTURES = ("samples.jpg", "predictions.jpg")
-# each text, and the name of the markers that its table stands between
-TEXTS = {"README.md": "results", "docs/results.md": "camvid7"}
 FIRST = ("published", "scratch", "control", "weighted_ce_occlusion", "ce_dice_occlusion", "weighted_ce_dice_occlusion")
+SHOWN = 0  # number of the val scene that is shown
+PAIR = ("recall", "precision")
+STREET = ((512, 256), (0, 0, 3))  # size and seed of the scene that shows the occluders
 
 
 def collect(home: Path, remarks: list[str] = ()) -> dict:
@@ -73,48 +79,135 @@ def collect(home: Path, remarks: list[str] = ()) -> dict:
 
 
 def draw_charts(results: dict, folder: Path, number: int) -> None:
-    """Write the report's charts of one data set: class distribution, curves, IoU by stage, confusion matrix."""
-    class_set = stored(results["context"])
+    """Write the charts of one data set: class distribution, curves, IoU by stage, confusion matrix."""
+    class_set, runs = stored(results["context"]), results["runs"].values()
     shares = {
         split: np.array(list(data["pixels"]["full_resolution"].values())) for split, data in results["data"].items()
     }
     shares = {split: pixels / pixels.sum() for split, pixels in shares.items()}
-    charts = {"classes": plots.class_distribution(class_set, shares)}
-    for stage, run in results["runs"].items():
-        charts[f"curves_{stage}"] = plots.training_curves(run["history"], run["title"])
-    rows = {
-        run["title"]: {key: run["scores"][key] for key in (*class_set.names, "mIoU")}
-        for run in results["runs"].values()
-    }
-    charts["stages"] = plots.iou_by_stage(rows)
     last = np.array(results["runs"]["ce_dice"]["results"]["confusion"])[:-1]
-    charts["confusion"] = plots.confusion_matrix(last, class_set.names)
+    charts = {
+        "classes": plots.class_distribution(class_set, shares),
+        "curves": plots.curves_by_run({run["title"]: run["history"] for run in runs}),
+        "stages": plots.iou_by_stage({run["title"]: run["scores"] for run in runs}),
+        "confusion": plots.confusion_matrix(last, class_set.names),
+    }
     for chart, figure in charts.items():
         plots.save(figure, folder / f"{number}_{chart}.svg")
 
 
-def build(pictures: Path, results: list[dict], pdf: Path, plans: list[dict] = ()) -> Path:
+def draw_occluders(path: Path) -> None:
+    """A drawn scene under each of the four occluders."""
+    image, labels = (torch.from_numpy(array)[None].expand(4, *[-1] * array.ndim) for array in draw_scene(*STREET))
+    images = image.permute(0, 3, 1, 2) / 255
+    draws = {name: torch.full((4,), 0.5) for name in AUGMENTATIONS["occlude"].draws}
+    draws |= {"apply": torch.zeros(4), "aim": torch.ones(4), "texture": (torch.arange(4) + 0.5) / 4}
+    draws |= {"width": torch.ones(4), "height": torch.ones(4), "red": torch.full((4,), 0.8)}
+    donors = draw_scene(STREET[0], (1, 0, 0))[0]
+    donors = torch.from_numpy(donors).permute(2, 0, 1)[None].expand(4, -1, -1, -1) / 255
+    source = Source(torch.zeros(4, 1, 4), torch.zeros(4, dtype=torch.long), lambda draw: donors)
+    shown, _ = occlude(images, labels.long(), draws, source, occlusion=1.0, aimed=0.0, occluded="keep")
+    pictures = (shown * 255).byte().permute(0, 2, 3, 1).numpy()
+    gap = np.full((pictures.shape[1], 12, 3), 255, np.uint8)
+    row = [part for picture in pictures for part in (picture, gap)][:-1]
+    Image.fromarray(np.hstack(row)).save(path, quality=88)
+
+
+def build(pictures: Path, results: list[dict], pdf: Path, plans: list[dict] = (), screen: list[dict] = ()) -> Path:
     """Write the report of one or more collected results to `pdf`.
 
     pictures  folder with samples.jpg and predictions.jpg of the first results; what is missing is left out
-    plans     summaries of plans
+    plans     summaries of plans; screen the effects of ingredients that were tried
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for number, collected in enumerate(results):
             draw_charts(collected, folder, number)
+        for plan in plans:
+            plots.save(plots.verdicts(plan["rows"].values()), folder / f"{plan['name']}_verdicts.svg")
+            plots.save(plots.lost_under_occluders(plan["rows"].values()), folder / f"{plan['name']}_occluded.svg")
+        draw_occluders(folder / "occluders.jpg")
         found = [picture for picture in PICTURES if (pictures / picture).is_file()]
         for picture in found:
             shutil.copy(pictures / picture, folder)
-        tables = [{"columns": PLAN_COLUMNS, "rows": plan_cells(plan), "note": plan_note(plan)} for plan in plans]
-        contents = {"results": results, "plans": tables, "pictures": found}
-        write_json(folder / "report.json", contents)
-        shutil.copy(ROOT / "report" / "report.typ", folder)
-        fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+        contents = {"results": results, "plans": [plan_contents(plan) for plan in plans], "pictures": found}
+        write_json(folder / "report.json", contents | {"screen": list(screen)})
+        for source in ("report.typ", "references.yml"):
+            shutil.copy(ROOT / "report" / source, folder)
         make_folder(pdf.parent)
-        typst.compile(folder / "report.typ", output=folder / "report.pdf", font_paths=[fonts], ignore_system_fonts=True)
+        typst.compile(folder / "report.typ", output=folder / "report.pdf", ignore_system_fonts=True)
         shutil.move(folder / "report.pdf", pdf)
     return pdf
+
+
+def plan_contents(plan: dict) -> dict:
+    """A plan as the report takes it: its table, and sentences that follow from its verdicts."""
+    done = [row for row in plan["rows"].values() if "mean" in row]
+    where = f"{plan['name']}, {len(done)} rows of {max(len(row['seeds']) for row in done)} seeds or fewer"
+    best = [row for row in done if row["title"] in TITLES.values()]
+    stages = " ".join(sentence(row, plan["rows"]) for row in best if row["control"] in plan["rows"])
+    facts = {"name": plan["name"], "columns": PLAN_COLUMNS, "rows": plan_cells(plan), "note": plan_note(plan)}
+    facts |= {
+        "folds": len(plan["folds"]),
+        "single": any(len(row["seeds"]) < 2 for row in done),
+        "findings": findings(done),
+    }
+    facts["discussion"] = discussion(plan["rows"])
+    facts["occluded"] = any(key.startswith("lost_under") for row in done for key in row["mean"])
+    return facts | {"abstract": f"In the plan {where}: {stages}"}
+
+
+def findings(rows: list[dict]) -> list[str]:
+    """Which rows are better than their controls, worse, or not distinguishable from them."""
+    said = []
+    for key, what in (("miou", "mIoU"), ("person_iou", "the IoU of people")):
+        groups: dict[str, list[str]] = {}
+        for row in rows:
+            verdict = row.get(f"{key}_against_control", {})
+            if "interval" in verdict:
+                groups.setdefault(verdict["verdict"], []).append(row["title"])
+        parts = [f"{verdict}: {', '.join(titles)}" for verdict, titles in sorted(groups.items())]
+        said += [f"In {what}, against their controls, {'; '.join(parts)}."] if parts else []
+    return said
+
+
+def discussion(rows: dict) -> list[str]:
+    """What class weights and occlusion do, in numbers, where a plan has rows for each alone and their control."""
+    mean = {name: row["mean"] for name, row in rows.items() if "mean" in row}
+    said, share = [], lambda row, key: f"{mean[row][key]:.2f}".lstrip("0")
+    if {"weighted_ce", "control"} <= mean.keys() and "recall person" in mean["control"]:
+        recall, precision = ([share(row, f"{key} person") for row in ("control", "weighted_ce")] for key in PAIR)
+        said.append(
+            f"Class weights move people from missed to over-predicted: recall goes from {' to '.join(recall)}, "
+            f"precision from {' to '.join(precision)}."
+        )
+    if {"occlusion", "control"} <= mean.keys():
+        lost = [f"{np.mean(lost_by_kind(mean[row])):.3f}".lstrip("0") for row in ("occlusion", "control")]
+        said.append(f"Occluders alone do what they are for: visible pixels lose {' instead of '.join(lost)} mIoU.")
+    return said
+
+
+def lost_by_kind(mean: dict) -> list[float]:
+    return [value for key, value in mean.items() if key.startswith("lost_under_occluders")]
+
+
+def sentence(row: dict, rows: dict) -> str:
+    """What the verdicts say of a row: better, worse, or not distinguishable, with the intervals."""
+    said = []
+    for key, what in (("miou", "mIoU"), ("person_iou", "the IoU of people")):
+        verdict = row.get(f"{key}_against_control")
+        if verdict:
+            said.append(f"{what} is {phrase(verdict)}")
+    title = row["title"][0].upper() + row["title"][1:]
+    return f"{title}, against {rows[row['control']]['title']}: {', '.join(said)}."
+
+
+def phrase(verdict: dict) -> str:
+    if "interval" not in verdict:
+        return f"without a verdict ({verdict['reason']})"
+    low, high = (100 * end for end in verdict["interval"])
+    points = f"{100 * verdict['difference']:+.1f} points, {low:+.1f} to {high:+.1f}".replace("-", "−")
+    return f"{verdict['verdict']} ({points})"
 
 
 def as_text(value: object) -> object:
@@ -145,8 +238,7 @@ def plan_cells(summary: dict) -> dict[str, list[str]]:
         for key in ("scores mIoU", "scores person"):
             spread = f" ± {std[key]:.3f}" if key in std else ""
             cells.append(f"{mean[key]:.3f}{spread}" if key in mean else "–")
-        lost = [value for key, value in mean.items() if key.startswith("lost_under_occluders")]
-        cells.append(f"{np.mean(lost):.3f}")
+        cells.append(f"{np.mean(lost_by_kind(mean)):.3f}")
         for score in ("miou", "person_iou"):
             verdict = row.get(f"{score}_against_control", {})
             ends = verdict.get("interval")
@@ -176,33 +268,67 @@ def plan_note(summary: dict) -> str:
     )
 
 
-def plan_table(summary: dict, names: tuple[str, ...] | None = None) -> str:
-    """A plan, or some rows of it, as Markdown."""
-    kept = {name: row for name, row in summary["rows"].items() if names is None or name in names}
-    return markdown(PLAN_COLUMNS, plan_cells({**summary, "rows": kept}), plan_note({**summary, "rows": kept}))
+def stage_table(summary: dict) -> str:
+    """The stages and their control, for a first look."""
+    kept = {name: row for name, row in summary["rows"].items() if name in FIRST and "mean" in row}
+    cells = plan_cells({"rows": kept})
+    minutes = {row["title"]: f"{row['mean']['train_seconds'] / 60:.1f}" for row in kept.values()}
+    rows = {title: [*found[:2], minutes[title]] for title, found in cells.items()}
+    where = f"{summary['name']}, {summary['context']['size']}, means over {len(summary['folds'])} folds"
+    note = f"{where}; minutes of a run on an {summary['context']['device']} that twelve runs shared."
+    return markdown(["mIoU", "person", "minutes"], rows, note)
 
 
-def tables(summary: dict) -> dict[str, str]:
-    """What stands between the markers of each text: the README shows the stages, docs all rows."""
-    summary = as_text(summary)
-    return {"README.md": plan_table(summary, FIRST), "docs/results.md": plan_table(summary)}
+def plan_table(summary: dict) -> str:
+    """All rows of a plan that have results, as Markdown."""
+    return markdown(PLAN_COLUMNS, plan_cells(summary), plan_note(summary))
 
 
-def update_texts(summary: dict) -> None:
-    """Write the tables of a plan into the README and docs."""
-    for name, table in tables(summary).items():
-        begin, end = f"<!-- {TEXTS[name]}: written by make report -->\n", f"<!-- end of {TEXTS[name]} -->"
-        before, rest = (ROOT / name).read_text(encoding="utf-8").split(begin)
+# of each text: the marker, the plan, and what stands there
+TEXTS = {
+    "README.md": [("results", "camvid7", stage_table)],
+    "docs/results.md": [("camvid7", "camvid7", plan_table), ("drawn", "drawn", plan_table)],
+}
+
+
+def tables(plans: dict[str, dict]) -> dict[str, dict[str, str]]:
+    """What stands between the markers of each text."""
+    plans = as_text(plans)
+    return {name: {marker: table(plans[plan]) for marker, plan, table in parts} for name, parts in TEXTS.items()}
+
+
+def update_texts(plans: dict[str, dict]) -> None:
+    """Write the tables of plans into the README and docs."""
+    for name, parts in tables(plans).items():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for marker, table in parts.items():
+            begin, end = f"<!-- {marker}: written by make report -->\n", f"<!-- end of {marker} -->"
+            before, rest = text.split(begin)
+            text = f"{before}{begin}{table}\n{end}{rest.split(end)[1]}"
         with atomic_open(ROOT / name) as file:
-            file.write(f"{before}{begin}{table}\n{end}{rest.split(end)[1]}".encode())
+            file.write(text.encode())
 
 
 def adopt(home: Path) -> None:
     """Copy a finished run's results into report/results/: numbers always, pictures only of drawn scenes."""
     write_json(RESULTS / f"{home.name}.json", collect(home))
     if home.name.startswith("drawn"):
-        for picture in PICTURES:
-            shutil.copy(home / "pictures" / picture, RESULTS)
+        shutil.copy(home / "pictures" / "samples.jpg", RESULTS)
+        plots.save(draw_street(home), RESULTS / "predictions.jpg", dpi=200)
+
+
+def draw_street(home: Path) -> plots.Figure:
+    """A drawn val scene, its truth, and what each stage makes of it, at the scene's own size."""
+    path = sorted((home / "scenes" / "leftImg8bit" / "val").rglob("*.png"))[SHOWN]
+    labels = Path(str(path).replace("leftImg8bit", "gtFine").replace("_gtFine.png", "_gtFine_labelIds.png"))
+    image, class_set = read_photo(path), CLASS_SETS["cityscapes7"]
+    mask = class_set.lookup[read_png(labels, "L")]
+    pictures = {"a drawn street": image, "truth (black: not scored)": class_set.paint(mask)}
+    for stage, title in TITLES.items():
+        model, about = trained_model(home / stage)
+        pred = predict(model, image, (about["width"], about["height"]))
+        pictures[title] = class_set.paint(np.where(mask == IGNORE_INDEX, mask, pred))
+    return plots.gallery(pictures, class_set)
 
 
 def main() -> int:
@@ -212,11 +338,12 @@ def main() -> int:
     args = parser.parse_args()
     for home in args.runs:
         adopt(home)
-    files = [read_json(path) for path in sorted([*RESULTS.glob("*.json"), *RESULTS.glob("*/summary.json")])]
-    plans = [file for file in files if "rows" in file]
+    plans = {path.parent.name: read_json(path) for path in sorted(RESULTS.glob("*/summary.json"))}
+    files = [read_json(path) for path in sorted(RESULTS.glob("*.json"))]
     results = sorted((file for file in files if "runs" in file), key=lambda file: not file["name"].startswith("drawn"))
-    update_texts(next(plan for plan in plans if plan["name"] == "camvid7"))
-    pdf = build(RESULTS, results, ROOT / "report" / "UNet_Model_Training_Report.pdf", plans)
+    update_texts(plans)
+    screen = list(read_json(RESULTS / "screen.json")["effects"].values())
+    pdf = build(RESULTS, results, ROOT / "report" / "UNet_Model_Training_Report.pdf", list(plans.values()), screen)
     print(f"written to {pdf.relative_to(ROOT)}")
     return 0
 

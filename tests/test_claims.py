@@ -63,7 +63,6 @@ CLAIMS = {
         f"adds {SCREEN['mirror_at_test']} points",
         f"({signed(SCREEN['average_against_last'], 2)} points), and over six",
         f"({signed(SCREEN['long_average_against_last'], 2)})",
-        *(f"{shown(facts(f'drawn/scratch-seed{k}')['scores']['person'])} under seed {k}" for k in (0, 1)),
         f"480x360 in {MINUTES}: mIoU {shown(ELEVEN['scores']['mIoU'])}",
     ],
     "weights/README.md": [

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,22 @@ def panels(rows: list[list[np.ndarray]], titles: list[str], class_set: ClassSet,
     return figure
 
 
+def gallery(pictures: dict[str, np.ndarray], class_set: ClassSet, columns: int = 3) -> Figure:
+    """Titled pictures (H, W, 3) uint8 of one size, a legend of the classes at the top right."""
+    height, width = next(iter(pictures.values())).shape[:2]
+    rows = len(pictures) // columns + 1
+    figure = Figure(figsize=(WIDTH, WIDTH / columns * height / width * rows + 0.3 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns).flat)
+    for ax in axes:
+        ax.axis("off")
+    for ax, (title, picture) in zip(axes[: columns - 1] + axes[columns:], pictures.items()):
+        ax.imshow(picture)
+        ax.set_title(title, fontsize=9)
+    handles = [Patch(color=colour / 255, label=name) for name, colour in zip(class_set.names, class_set.colours)]
+    axes[columns - 1].legend(handles=handles, loc="center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
 def class_distribution(class_set: ClassSet, shares: dict[str, np.ndarray], title: str = "") -> Figure:
     """Bars of each class's share of the pixels; shares: label of a group of bars -> (C + 1,) in [0, 1], void last."""
     names, colours = [*class_set.names, "void"], np.vstack([class_set.colours, np.zeros((1, 3))]) / 255
@@ -82,6 +99,59 @@ def training_curves(history: list[dict], title: str = "") -> Figure:
     right.set(xlabel="epoch", ylabel="val mIoU", title=f"{miou[-1]:.3f} after {len(history)} epochs")
     for ax in (left, right):
         ax.xaxis.get_major_locator().set_params(integer=True)
+    return _clean(figure)
+
+
+def curves_by_run(histories: dict[str, list[dict]]) -> Figure:
+    """Training loss (thin), val loss and val mIoU of several runs, by epoch."""
+    figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for colour, (title, history) in zip(STAGE_COLOURS, histories.items()):
+        keys = "epoch", "train_loss", "val_loss", "val_miou"
+        epoch, train_loss, val_loss, values = (np.array([float(row[key]) for row in history]) for key in keys)
+        left.plot(epoch, train_loss, lw=0.8, color=colour)
+        left.plot(epoch, val_loss, lw=1.8, color=colour, label=title)
+        right.plot(epoch, values, lw=1.8, color=colour)
+    left.set(xlabel="epoch", ylabel="loss", yscale="log")
+    right.set(xlabel="epoch", ylabel="val mIoU")
+    left.legend(frameon=False, fontsize=8)
+    return _clean(figure)
+
+
+def verdicts(rows: Iterable[dict]) -> Figure:
+    """Differences to the control in points of mIoU and of the IoU of people, with 95 % intervals; a filled mark is a
+    verdict, a hollow one none. rows: those of a plan's summary."""
+    rows = [row for row in rows if "miou_against_control" in row][::-1]
+    figure = Figure(figsize=(WIDTH, 0.26 * len(rows) + 0.9), layout="constrained")
+    for ax, (key, name) in zip(figure.subplots(1, 2, sharey=True), (("miou", "mIoU"), ("person_iou", "person"))):
+        for place, row in enumerate(rows):
+            found = row.get(f"{key}_against_control", {})
+            if "interval" not in found:
+                continue
+            low, middle, high = 100 * np.array([found["interval"][0], found["difference"], found["interval"][1]])
+            sure = found["verdict"] in ("better", "worse")
+            colour = STAGE_COLOURS[2] if found["verdict"] == "better" else "#D55E00" if sure else "0.5"
+            ax.plot([low, high], [place, place], color=colour, lw=1.5)
+            ax.plot(middle, place, "o", ms=5, color=colour, mfc=colour if sure else "white")
+        ax.axvline(0, color="0.3", lw=0.8)
+        ax.set(xlabel=f"points of {name}")
+        ax.set_yticks(range(len(rows)), [row["title"] for row in rows], fontsize=8)
+    return _clean(figure)
+
+
+def lost_under_occluders(rows: Iterable[dict]) -> Figure:
+    """mIoU that visible pixels lose under each kind of occluders, for the rows of a plan's summary."""
+    prefix = "lost_under_occluders "
+    rows = [row for row in rows if any(key.startswith(prefix) for key in row.get("mean", {}))]
+    kinds = [key.removeprefix(prefix) for key in rows[0]["mean"] if key.startswith(prefix)] if rows else []
+    figure = Figure(figsize=(WIDTH, 0.26 * len(rows) + 0.9), layout="constrained")
+    ax = figure.subplots()
+    for colour, kind in zip(STAGE_COLOURS, kinds):
+        values = [row["mean"][prefix + kind] for row in rows[::-1]]
+        ax.plot(values, range(len(rows)), "o", ms=5, color=colour, label=kind)
+    ax.set_yticks(range(len(rows)), [row["title"] for row in rows[::-1]], fontsize=8)
+    ax.set(xlabel="mIoU lost on visible pixels", xlim=(0, None))
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8)
     return _clean(figure)
 
 
