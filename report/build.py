@@ -88,7 +88,7 @@ def draw_charts(results: dict, folder: Path, number: int) -> None:
     last = np.array(results["runs"]["ce_dice"]["results"]["confusion"])[:-1]
     charts = {
         "classes": plots.class_distribution(class_set, shares),
-        "curves": plots.curves_by_run({run["title"]: run["history"] for run in runs}),
+        "curves": plots.training_curves({run["title"]: run["history"] for run in runs}),
         "stages": plots.iou_by_stage({run["title"]: run["scores"] for run in runs}),
         "confusion": plots.confusion_matrix(last, class_set.names),
     }
@@ -173,16 +173,16 @@ def findings(rows: list[dict]) -> list[str]:
 
 def discussion(rows: dict) -> list[str]:
     """What class weights and occlusion do, in numbers, where a plan has rows for each alone and their control."""
-    mean = {name: row["mean"] for name, row in rows.items() if "mean" in row}
-    said, share = [], lambda row, key: f"{mean[row][key]:.2f}".lstrip("0")
-    if {"weighted_ce", "control"} <= mean.keys() and "recall person" in mean["control"]:
-        recall, precision = ([share(row, f"{key} person") for row in ("control", "weighted_ce")] for key in PAIR)
+    mean = {row["title"]: row["mean"] for row in rows.values() if "mean" in row}
+    said, share, control = [], lambda row, key: f"{mean[row][key]:.2f}".lstrip("0"), "control: more epochs of CE"
+    if {"weighted CE", control} <= mean.keys() and "recall person" in mean[control]:
+        recall, precision = ([share(row, f"{key} person") for row in (control, "weighted CE")] for key in PAIR)
         said.append(
             f"Class weights move people from missed to over-predicted: recall goes from {' to '.join(recall)}, "
             f"precision from {' to '.join(precision)}."
         )
-    if {"occlusion", "control"} <= mean.keys():
-        lost = [f"{np.mean(lost_by_kind(mean[row])):.3f}".lstrip("0") for row in ("occlusion", "control")]
+    if {"CE + occlusion", control} <= mean.keys():
+        lost = [f"{np.mean(lost_by_kind(mean[row])):.3f}".lstrip("0") for row in ("CE + occlusion", control)]
         said.append(f"Occluders alone do what they are for: visible pixels lose {' instead of '.join(lost)} mIoU.")
     return said
 
@@ -257,13 +257,14 @@ def plan_note(summary: dict) -> str:
     context, rows = summary["context"], summary["rows"]
     against = {row["title"]: rows[row["control"]]["title"] for row in rows.values() if row["control"] in rows}
     usual = max(against.values(), key=[*against.values()].count, default="")
-    where = f"{summary['name']}: means over {len(summary['folds'])} folds, {context['size']}, {summary['precision']}, "
+    folds = f"means over {len(summary['folds'])} folds, " * (len(summary["folds"]) > 1)
+    where = f"{summary['name']}: {folds}{context['size']}, {summary['precision']}, "
     where += f"{context['device']}, torch {context['torch']}."
     if not usual:
         return where
     others = "".join(f"; of {title}, to {control}" for title, control in against.items() if control != usual)
     return (
-        f"{where} Points are differences, of the scores pooled over the frames of all folds, to {usual}{others}. In "
+        f"{where} Points are differences, of the scores pooled over all frames, to {usual}{others}. In "
         "brackets 95 % intervals over blocks of ten seconds."
     )
 

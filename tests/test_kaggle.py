@@ -220,8 +220,7 @@ def test_pictures_in_an_unknown_layout_are_an_error_and_no_scenes_are_drawn(moun
     (mounts / "unetseg" / "figure.png").touch()
     shutil.copytree(next((raw / "leftImg8bit" / "train").iterdir()), mounts / "datasets" / "me" / "camvid" / "frames")
     with pytest.raises(
-        UserError,
-        match=r"expected .* of docs/data.md; found .*camvid/frames/ with 6 files like drawn_.*, 256x128",
+        UserError, match=r"expected .* of docs/data.md; found .*camvid/frames/ with 6 files like drawn_.*, 256x128"
     ):
         place.find_data(tmp_path / "runs")
 

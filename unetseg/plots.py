@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import FixedLocator
 
 from .classes import IGNORE_INDEX, PEOPLE, ClassSet
 from .files import atomic_open, make_folder
@@ -85,36 +86,24 @@ def weights_table(names: tuple[str, ...], num_pixels: np.ndarray, weights: np.nd
     return "\n".join(lines)
 
 
-def training_curves(history: list[dict], title: str = "") -> Figure:
-    """Losses on the left, validation mIoU on the right; `history` as in history.csv."""
-    keys = "epoch", "train_loss", "val_loss", "val_miou"
-    epoch, train_loss, val_loss, miou = (np.array([float(row[key]) for row in history]) for key in keys)
-    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(epoch, train_loss, "o-", ms=3, color=STAGE_COLOURS[0], label="train")
-    left.plot(epoch, val_loss, "s-", ms=3, color=STAGE_COLOURS[1], label="val")
-    left.set(xlabel="epoch", ylabel="loss", title=title)
-    left.legend(frameon=False)
-    right.plot(epoch, miou, "o-", ms=3, color=STAGE_COLOURS[2])
-    right.set(xlabel="epoch", ylabel="val mIoU", title=f"{miou[-1]:.3f} after {len(history)} epochs")
-    for ax in (left, right):
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    return _clean(figure)
-
-
-def curves_by_run(histories: dict[str, list[dict]]) -> Figure:
-    """Training loss (thin), val loss and val mIoU of several runs, by epoch."""
-    figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
+def training_curves(histories: dict[str, list[dict]]) -> Figure:
+    """Training loss (thin), val loss, and val mIoU by epoch; histories: run -> rows as in history.csv."""
+    figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
     left, right = figure.subplots(1, 2)
     for colour, (title, history) in zip(STAGE_COLOURS, histories.items()):
         keys = "epoch", "train_loss", "val_loss", "val_miou"
         epoch, train_loss, val_loss, values = (np.array([float(row[key]) for row in history]) for key in keys)
         left.plot(epoch, train_loss, lw=0.8, color=colour)
-        left.plot(epoch, val_loss, lw=1.8, color=colour, label=title)
-        right.plot(epoch, values, lw=1.8, color=colour)
-    left.set(xlabel="epoch", ylabel="loss", yscale="log")
+        left.plot(epoch, val_loss, "o-", ms=2, lw=1.8, color=colour)
+        right.plot(epoch, values, "o-", ms=2, lw=1.8, color=colour, label=f"{title}: {values[-1]:.3f}")
+    left.set(xlabel="epoch", ylabel="loss: train thin, val thick", yscale="log")
     right.set(xlabel="epoch", ylabel="val mIoU")
-    left.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=7)
+    for ax in (left, right):
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    left.minorticks_off()
+    left.yaxis.set_major_locator(FixedLocator([0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]))
+    left.yaxis.set_major_formatter("{x:g}")
     return _clean(figure)
 
 
@@ -269,7 +258,8 @@ class LiveCurves:
     def draw(self, history: list[dict]) -> None:
         from IPython.display import display
 
-        picture, self.drawn = show(training_curves(history), self.path), time.monotonic()
+        curves = training_curves({self.path.stem.removeprefix("curves_"): history})
+        picture, self.drawn = show(curves, self.path), time.monotonic()
         if self.handle:
             self.handle.update(picture)
         else:
