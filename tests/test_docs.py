@@ -10,6 +10,8 @@ import pytest
 from conftest import ROOT, command
 from PIL import Image
 
+from unetseg import __version__
+
 PAGES = ("training", "evaluation", "show", "wandb", "gpus", "data", "plans")  # the later use what the first makes
 BLOCK = re.compile(r"```(bash|python|toml)\n(.*?)```", re.DOTALL)
 TINY = {"--epochs": "1", "--channels": "4", "--depth": "2"}
@@ -82,6 +84,10 @@ def test_every_link_leads_somewhere(path):
         found = path.parent / target if target else path
         assert found.exists(), target
         assert not anchor or anchor in anchors(found), anchor
+
+
+def test_the_citation_is_of_this_version():
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_the_readme_is_short():

@@ -1,6 +1,5 @@
 """The commands, as a user gives them, and run folders spoiled as users do it: what a folder says stays true."""
 
-import json
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ from unetseg import checkpoint, evaluation, run
 from unetseg.data import Batches, load_split
 from unetseg.files import UserError, read_json, write_json
 from unetseg.losses import cross_entropy
-from unetseg.model import MODELS, UNet
+from unetseg.model import MODELS
 from unetseg.settings import PRESETS, TITLES, Settings
 from unetseg.train import Stopper, evaluate
 
@@ -389,34 +388,6 @@ def test_train_and_val_processed_differently_are_refused(processed, raw, tmp_pat
     assert process(raw, tmp_path / "data", "--size", "32", "--splits", "train") == 0
     assert train(tmp_path, tmp_path / "data") == 1
     assert "train and val have different class sets or sizes" in capsys.readouterr().err
-
-
-def test_weights_of_the_first_format_predict_and_start_fine_tunings(processed, tmp_path, capsys):
-    """As the library wrote them before: one metadata text per fact."""
-    torch.manual_seed(0)
-    facts = {"stage": "scratch", "class_set": "cityscapes7", "channels": 4, "depth": 2, "width": 64, "height": 32}
-    facts |= {
-        "void": "ignore",
-        "seed": 0,
-        "precision": "fp32",
-        "parameters": 9,
-        "device": "cpu",
-        "torch": "2",
-        "commit": "c",
-    }
-    facts |= {"epoch": 2, "val_miou": "0.5", "sha256": "0"}
-    weights = {key: value.contiguous() for key, value in UNet(7, 4, 2).state_dict().items()}
-    old = tmp_path / "old"
-    old.mkdir()
-    safetensors.torch.save_file(weights, old / "model.safetensors", {key: str(value) for key, value in facts.items()})
-    (old / "config.json").write_text(json.dumps(facts | {"settings": {"epochs": 2}}))
-    (old / "state.pt").write_bytes(b"state")
-    Image.new("RGB", (70, 50)).save(tmp_path / "a.png")
-    assert command("predict", old, tmp_path / "a.png", "--out", tmp_path / "out") == 0
-    tune = ["--init", old, "--epochs", 1, "--batch-size", 4]
-    assert command("train", "ce_dice", "--data", processed, "--out", tmp_path / "new", *tune) == 0
-    assert train(tmp_path, processed, out=old) == 1
-    assert "is from another version of unetseg; its weights still predict" in capsys.readouterr().err
 
 
 def test_variables_left_by_a_launcher_change_nothing(processed, tmp_path):

@@ -5,7 +5,7 @@ import subprocess
 from functools import partial
 from pathlib import Path
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def commit() -> str:

@@ -12,14 +12,13 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from .classes import CLASS_SETS
 from .device import out_of_memory
 from .files import UserError, atomic_open, read_bytes, read_json
 from .model import build_model
 from .settings import FREE, INHERITED, Settings, check, complete
 
 WEIGHTS, CONFIG, HISTORY, STATE = "model.safetensors", "config.json", "history.csv", "state.pt"
-FORMAT = 3  # of config.json, state and weights; weights of formats 1 and 2 are still read
+FORMAT = 3  # of config.json, state and weights; weights of format 2 are still read
 
 
 def identity(config: dict) -> dict:
@@ -66,11 +65,7 @@ def read_about(run_or_weights: Path) -> dict:
     path = weights_path(run_or_weights)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            texts = file.metadata() or {}
-        about = json.loads(texts["unetseg"]) if "unetseg" in texts else {"format": 1, "model": "unet", **texts}
-        if about["format"] == 1:
-            about |= {key: int(about[key]) for key in ("channels", "depth", "width", "height", "seed", "epoch")}
-            about |= {"classes": list(CLASS_SETS[about["class_set"]].names), "val_miou": float(about["val_miou"])}
+            about = json.loads((file.metadata() or {})["unetseg"])
         about = complete(about) | about
         check(Settings(**{name: about[name] for name in INHERITED}))
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:

@@ -226,12 +226,14 @@ def _grouped_bars(ax: Axes, names: list[str], groups: list, styles: list[dict], 
     ax.set_xticks(range(len(names)), names, rotation=30 if len(names) > 9 else 0)
 
 
-def save(figure: Figure, path: Path, dpi: int = 2 * SCREEN) -> Path:
+def save(figure: Figure, path: Path, dpi: int | None = None) -> Path:
     """Write a figure as .png or .svg (drawings) or .jpg (photographs, smaller), atomically; same figure, same bytes."""
-    quality = {".jpg": {"pil_kwargs": {"quality": 72}}, ".svg": {"metadata": {"Date": None}}}.get(path.suffix, {})
+    quality = {".jpg": {"pil_kwargs": {"quality": 60}}, ".svg": {"metadata": {"Date": None}}}.get(path.suffix, {})
     make_folder(path.parent)
     with atomic_open(path) as file:
-        figure.savefig(file, format=path.suffix[1:], dpi=dpi, **quality)
+        figure.savefig(
+            file, format=path.suffix[1:], dpi=dpi or (150 if path.suffix == ".jpg" else 2 * SCREEN), **quality
+        )
     return path
 
 

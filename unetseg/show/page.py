@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .. import checkpoint
 from ..classes import stored
-from ..files import UserError, atomic_open, exclusive
+from ..files import UserError, atomic_open, exclusive, write_json
 from ..images import Image
 from ..tools.scenes import draw_scene
 from .export import export_onnx
@@ -21,29 +21,23 @@ STREET = ((1024, 512), (0, 0, 3))  # size and seed of the drawn scene that the p
 def make_page(runs_or_weights: list[Path], out: Path) -> str:
     """Write the page with one or more networks to `out`, and return what to do with it. Raises UserError."""
     with exclusive(out):
-        if strangers := sorted(path.name for path in out.iterdir() if path.name not in {".lock", *names_in(out)}):
-            raise UserError(f"{out}: expected an empty folder or an earlier page, found {strangers[0]}")
+        there = [path.name for path in out.iterdir() if path.name != ".lock" and path.suffix != ".onnx"]
+        if there and "models.json" not in there:
+            raise UserError(f"{out}: expected an empty folder or an earlier page, found {min(there)}")
         models = [add_network(given, out, number) for number, given in enumerate(runs_or_weights)]
+        for path in set(out.glob("*.onnx")) - {out / model["file"] for model in models}:
+            path.unlink()
+        write_json(out / "models.json", models)
         with atomic_open(out / "street.jpg") as file:
             Image.fromarray(draw_scene(*STREET)[0]).save(file, "JPEG", quality=92)
         shutil.copytree(SITE, out, dirs_exist_ok=True)
-        (out / "models.json").write_text(json.dumps(models, indent=1))
         files = [path for path in sorted(out.rglob("*")) if path.is_file() and path.name not in (".lock", "offline.js")]
         digest = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()
         worker, names = (SITE / "offline.js").read_text(), ["./", *(str(path.relative_to(out)) for path in files)]
         worker = worker.replace("VERSION", f"unetseg-{digest[:16]}").replace("[]", json.dumps(names), 1)
         (out / "offline.js").write_text(worker)
-        for path in out.glob("*.onnx"):
-            if path.name not in {model["file"] for model in models}:
-                path.unlink()
     size = sum(path.stat().st_size for path in files) / 1e6
     return f"{out}: {len(models)} networks, {size:.1f} MB; put it on any static host, or python -m http.server -d {out}"
-
-
-def names_in(out: Path) -> set[str]:
-    """The names that a page has in its folder."""
-    fixed = {path.name for path in SITE.iterdir()} | {"models.json", "street.jpg"}
-    return fixed | {path.name for path in out.glob("*.onnx")}
 
 
 def add_network(run_or_weights: Path, out: Path, number: int) -> dict:
@@ -71,6 +65,10 @@ def serve(folder: Path, port: int) -> None:
         def log_message(self, *message: object) -> None:
             """Say nothing."""
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", port), functools.partial(Handler, directory=folder)) as server:
-        print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", flush=True)
+    try:
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", port), functools.partial(Handler, directory=folder))
+    except OSError as error:
+        raise UserError(f"port {port} cannot be used: {error.strerror}; name another one") from None
+    with server:
+        print(f"http://127.0.0.1:{port}/ (Ctrl-C ends it)", flush=True)
         server.serve_forever()
