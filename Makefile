@@ -24,7 +24,7 @@ ARG_QUICK := $(if $(filter-out $(NO),$(QUICK_GIVEN)),--quick)
 
 help:
 	@echo 'make run [DATA=PATH] [QUICK=1|0] [OUT=runs]  data (without DATA drawn scenes) -> three notebooks -> scores -> report'
-	@echo 'make page                                    the networks of weights/ as a page in the browser, on localhost'
+	@echo 'make page [PORT=8000]                        the networks of weights/ as a page in the browser, on localhost'
 	@echo 'make html [FROM=FOLDER]                      the executed notebooks as pages that load and run nothing'
 	@echo 'make test | lint                             the whole test suite; the linter'
 	@echo 'make report [RUNS=FOLDER]                    the committed report and the tables, from report/results'

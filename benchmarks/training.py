@@ -61,7 +61,7 @@ def our_epoch(
 def bare_epoch(preset: str, home: Path, images: int) -> Callable[[], None]:
     """The same network, precision and batches, and nothing else: no sums, no guards, no progress, nothing saved."""
     state, data = state_of(preset, home, 1), load(home, images)
-    batches, model = Batches(data, BATCH, state.device, Settings(occlusion=0.0)), state.model.train()
+    batches, model = Batches(data, BATCH, state.device, with_preset(Settings(occlusion=0.0))), state.model.train()
     optimizer, numbers = torch.optim.AdamW(model.parameters(), 1e-3, fused=True), itertools.count(1)
 
     def step() -> None:

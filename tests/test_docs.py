@@ -19,7 +19,7 @@ SMALLER = {  # what makes the printed lines quick
     '"runs/a/script")': '"runs/a/script", epochs=1, channels=4, depth=2)',
     "seeds = [0, 1, 2]": "seeds = [0]",
     "folds = [0, 1, 2, 3]": "folds = [0]",
-    "channels = 16\ndepth = 5": "channels = 4\ndepth = 2\nepochs = 1",
+    "channels = 16\ndepth = 4": "channels = 4\ndepth = 2\nepochs = 1",
     "epochs = 15": "epochs = 1",
 }
 READ = [

@@ -21,7 +21,7 @@ PRESETS = {  # a stage is a loss x an augmentation x a starting point; the two f
     "scratch": RECIPE | {"epochs": 100, "lr": 3e-3, "half_size": 0.75},
     "weighted_ce": TUNING | {"weighting": "sqrt"},
     "ce_dice": TUNING | {"loss": "ce_dice"},
-    "published": PUBLISHED,  # what this plan's earlier public run used
+    "published": PUBLISHED,  # the recipe of the earlier published version
 }
 TITLES = {"scratch": "from scratch, CE", "weighted_ce": "weighted CE + occlusion", "ce_dice": "CE + Dice + occlusion"}
 FINE_TUNINGS = ("weighted_ce", "ce_dice")
