@@ -15,9 +15,10 @@ import cv2
 import torch
 from measure import PRESETS, SHARED, Row, compare, compare_processes, processed_scenes, quietly, save
 
-from unetseg import device, images, inference
+from unetseg import device, images
 from unetseg.classes import CLASS_SETS
 from unetseg.model import UNet
+from unetseg.show.predict import Predictor, predict_files
 from unetseg.tools import scenes
 from unetseg.train import forward
 
@@ -70,12 +71,12 @@ def passes(plain: bool, batch: int) -> Callable[[], None]:
 
 def measure(home: Path) -> list[Row]:
     run, paths = trained(home), photographs(home)
-    model, _ = inference.trained_model(run)
-    precision = device.precision_rule(next(model.parameters()).device)
+    predictor = Predictor(run)
+    model, precision = predictor.model, predictor.how["precision"]
 
     def whole() -> float:
         start = time.perf_counter()
-        assert inference.predict_files(run, paths, home / "predicted") == (len(paths), [])
+        assert len(predict_files(predictor, paths, home / "predicted")[0]) == len(paths)
         return time.perf_counter() - start
 
     rows = [compare(f"predict, {len(paths)} photographs of 2048x1024", "decode + forward + encode, summed",

@@ -1,4 +1,4 @@
-"""Build the PDF report from results files; no number in it is typed by hand.
+"""Build the PDF report from results files; no score of ours in it is typed by hand.
 
 python report/build.py                 report/results/ -> report/UNet_Model_Training_Report.pdf
 python report/build.py --runs RUNS     first copy what a finished `make run` left in RUNS into report/results/
@@ -238,7 +238,8 @@ def plan_cells(summary: dict) -> dict[str, list[str]]:
         for key in ("scores mIoU", "scores person"):
             spread = f" ± {std[key]:.3f}" if key in std else ""
             cells.append(f"{mean[key]:.3f}{spread}" if key in mean else "–")
-        cells.append(f"{np.mean(lost_by_kind(mean)):.3f}")
+        lost = lost_by_kind(mean)
+        cells.append(f"{np.mean(lost):.3f}" if lost else "–")
         for score in ("miou", "person_iou"):
             verdict = row.get(f"{score}_against_control", {})
             ends = verdict.get("interval")
@@ -313,7 +314,7 @@ def update_texts(plans: dict[str, dict]) -> None:
 def adopt(home: Path) -> None:
     """Copy a finished run's results into report/results/: numbers always, pictures only of drawn scenes."""
     write_json(RESULTS / f"{home.name}.json", collect(home))
-    if home.name.startswith("drawn"):
+    if (home / "scenes").is_dir():
         shutil.copy(home / "pictures" / "samples.jpg", RESULTS)
         plots.save(draw_street(home), RESULTS / "predictions.jpg", dpi=200)
 

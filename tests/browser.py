@@ -29,9 +29,10 @@ class Page:
     async def __aenter__(self):
         options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0"]
         command = [find_browser(), *options, f"--user-data-dir={self.folder}", "about:blank"]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        line = next(line for line in self.process.stderr if "DevTools listening" in line)
-        port = line.rpartition(":")[2].split("/")[0]
+        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while not (told := self.folder / "DevToolsActivePort").is_file() or "\n" not in told.read_text():
+            await asyncio.sleep(0.1)
+        port = told.read_text().splitlines()[0]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json") as answer:
             tab = next(tab for tab in json.load(answer) if tab["type"] == "page")
         self.socket = await websocket_connect(tab["webSocketDebuggerUrl"], max_message_size=1 << 28)
@@ -43,7 +44,7 @@ class Page:
 
     async def __aexit__(self, *error):
         self.process.terminate()
-        self.process.communicate()
+        self.process.wait()
 
     async def call(self, method, **parameters):
         self.sent += 1

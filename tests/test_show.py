@@ -8,6 +8,7 @@ import http.server
 import json
 import os
 import threading
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -48,7 +49,16 @@ def save(path, image, **options):
 
 def test_folders_are_kept_and_what_is_left_out_is_named(tmp_path, street, capsys):
     place = tmp_path / "in put"
-    for name in ("day1/a.png", "day2/a.jpg", "straße.jfif", "a.webp", ".hidden/a.png", "two.png", "two.bmp"):
+    for name in (
+        "day1/a.png",
+        "day2/a.jpg",
+        "straße.jfif",
+        "a.webp",
+        ".hidden/a.png",
+        "two.png",
+        "two.bmp",
+        "two.png.png",
+    ):
         save(place / name, street, format="JPEG" if name.endswith("jfif") else None)
     (tmp_path / "elsewhere").mkdir()
     save(tmp_path / "elsewhere" / "b.avif", street)
@@ -60,17 +70,26 @@ def test_folders_are_kept_and_what_is_left_out_is_named(tmp_path, street, capsys
     for _ in range(2):  # the second time the results are there, too
         assert command("predict", WEIGHTS, place, "--out", place) == 1
         said = capsys.readouterr()
-        assert "7 written to" in said.out and "4 left out" in said.out
+        assert "8 written to" in said.out and "4 left out" in said.out
         assert all(said.err.count(f"{place / name}: ") == 1 for name in left_out) and "HEIC" in said.err
     names = {str(path.relative_to(place / "ids")) for path in (place / "ids").rglob("*.png")}
-    assert names == {"day1/a.png", "day2/a.png", "straße.png", "a.png", "linked/b.png", "two.png.png", "two.bmp.png"}
+    assert names == {
+        "day1/a.png",
+        "day2/a.png",
+        "straße.png",
+        "a.png",
+        "linked/b.png",
+        "two.png.png",
+        "two.bmp.png",
+        "two.png.png.png",
+    }
     ids, shown = (np.array(Image.open(place / name)) for name in ("ids/day1/a.png", "overlay/day1/a.jpg"))
     assert ids.shape == (256, 512) and ids.max() < 7 and shown.shape[0] > 256 and shown.shape[1:] == (512, 3)
     with open(place / "shares.csv", newline="") as file:
         row = next(row for row in csv.DictReader(file) if row["file"].endswith("day1/a.png"))
     assert float(row["road"]) == pytest.approx(np.mean(ids == 1), abs=1e-6)
     facts = json.loads((place / "shares.json").read_text())
-    assert len(facts["files"]) == 7 and len(facts["left_out"]) == 4 and facts["classes"][1] == "road"
+    assert len(facts["files"]) == 8 and len(facts["left_out"]) == 4 and facts["classes"][1] == "road"
 
 
 def test_nothing_written_is_said(tmp_path, capsys):
@@ -102,7 +121,7 @@ def test_an_animation_is_no_picture(tmp_path, predictor, street):
 def test_names_are_below_the_folder_that_all_inputs_share(tmp_path, street):
     for name in ("a/1.png", "b/1.png"):
         save(tmp_path / name, street)
-    inputs = [tmp_path / "a" / "1.png", tmp_path / "b"]
+    inputs = [tmp_path / "a" / "1.png", tmp_path / "b", tmp_path / "b" / ".." / "b" / "1.png"]  # one of them twice
     assert list(find_files(inputs, tmp_path / "out")[0].values()) == [os.path.join("a", "1"), os.path.join("b", "1")]
     assert list(find_files(inputs[:1], tmp_path / "out")[0].values()) == ["1"]
 
@@ -119,7 +138,13 @@ def test_a_video_becomes_a_video_and_rows(tmp_path, predictor, street):
         frames = list(csv.DictReader(file))
     assert [frame["seconds"] for frame in frames] == ["0.0", "0.1", "0.2", "0.3", "0.4"]
     mean = np.mean([float(frame["road"]) for frame in frames])
-    assert rows[str(tmp_path / "drive.avi")]["road"] == pytest.approx(mean, abs=1e-5)
+    assert rows[str(tmp_path / "drive.avi")]["shares"][1] == pytest.approx(mean, abs=1e-5)
+
+
+def test_a_name_that_opencv_cannot_take_is_named(tmp_path, predictor):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.avi"))
+    path.write_bytes(b"")
+    assert "expected a name in UTF-8" in predict_files(predictor, [path], tmp_path / "out")[1][0]
 
 
 def test_pictures_unlike_those_of_training_are_noted(camvid, predictor, street):
@@ -153,8 +178,7 @@ def test_windows_cover_a_picture_and_agree_with_it():
 
 
 def test_the_legend_names_the_classes_that_occur(predictor):
-    shares = dict.fromkeys(predictor.class_set.names, 0.0) | {"road": 1.0}
-    one, every = legend(predictor.class_set, 400, shares), legend(predictor.class_set, 400)
+    one, every = legend(predictor.class_set, 400, [0.0, 1.0, *[0.0] * 5]), legend(predictor.class_set, 400)
     assert one.shape[1:] == every.shape[1:] == (400, 3) and every.shape[0] > one.shape[0] and one.shape[0] % 2 == 0
     assert (one == predictor.class_set.colours[1]).all(axis=-1).any()
 

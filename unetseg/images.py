@@ -82,9 +82,9 @@ def read_pixels(path: Path, encoded: bytes, indexed: bool = False) -> np.ndarray
 
 
 def read_photo(path: Path) -> np.ndarray:
-    """An 8-bit image in one of the PHOTOS formats, turned upright, as RGB (H, W, 3) uint8 without alpha.
+    """An image in one of the PHOTOS formats, turned upright, as RGB (H, W, 3) uint8 without alpha.
 
-    Raises BadFile when it is damaged, too large, an animation, or has more than 8 bits.
+    Raises BadFile when it is damaged, too large, an animation, or grey with more than 8 bits.
     """
     try:
         encoded = read_bytes(path)

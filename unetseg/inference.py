@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from . import checkpoint
 from .data import Batches, SegmentationSet
@@ -71,13 +70,13 @@ def predict(
         logits = _logits(model, small, precision, flip)
     else:
         tent = [torch.bartlett_window(side + 2, periodic=False)[1:-1].to(small) for side in size]
-        weight, total = tent[1][:, None] * tent[0], 0
+        weight, logits = tent[1][:, None] * tent[0], None
         for row, column in product(range(tiles), repeat=2):
             y, x = row * (3 * size[1] // 4), column * (3 * size[0] // 4)
-            window = small[..., y : y + size[1], x : x + size[0]]
-            probs = _logits(model, window, precision, flip).softmax(dim=1) * weight
-            total = total + F.pad(probs, (x, canvas[0] - x - size[0], y, canvas[1] - y - size[1]))
-        logits = total.div(total.sum(dim=1, keepdim=True)).log()
+            place = (..., slice(y, y + size[1]), slice(x, x + size[0]))
+            probs = _logits(model, small[place], precision, flip).softmax(dim=1) * weight
+            logits = small.new_zeros(1, probs.shape[1], *small.shape[2:]) if logits is None else logits
+            logits[place] += probs  # the class with the largest sum wins; no need to divide
     return _classes_at(logits[0].cpu().numpy(), image.shape[1::-1])
 
 

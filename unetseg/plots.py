@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FixedLocator
+from matplotlib.ticker import LogLocator
 
 from .classes import IGNORE_INDEX, PEOPLE, ClassSet
 from .files import atomic_open, make_folder
@@ -102,7 +102,7 @@ def training_curves(histories: dict[str, list[dict]]) -> Figure:
     for ax in (left, right):
         ax.xaxis.get_major_locator().set_params(integer=True)
     left.minorticks_off()
-    left.yaxis.set_major_locator(FixedLocator([0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]))
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 7)))
     left.yaxis.set_major_formatter("{x:g}")
     return _clean(figure)
 
@@ -253,12 +253,15 @@ class LiveCurves:
     def __call__(self, history: list[dict]) -> None:
         row = history[-1]
         losses = f"loss {row['train_loss']:.3f}, on val {row['val_loss']:.3f}, val mIoU {row['val_miou']:.3f}"
-        print(f"epoch {row['epoch']:>3}  {losses}, {row['seconds']:.0f} s", flush=True)
+        print(f"epoch {row['epoch']:>3.0f}  {losses}, {row['seconds']:.0f} s", flush=True)
         if time.monotonic() - self.drawn > self.every:
             self.draw(history)
 
     def draw(self, history: list[dict]) -> None:
         from IPython.display import display
+
+        if not history:
+            return
 
         curves = training_curves({self.path.stem.removeprefix("curves_"): history})
         picture, self.drawn = show(curves, self.path), time.monotonic()

@@ -203,7 +203,7 @@ def launch(settings: Settings, config: dict, log: Callable | None, show: Callabl
     paths = filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")])
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // number))} | os.environ
     environment |= {"PYTHONPATH": os.pathsep.join(paths)} | ({"WANDB_MODE": "disabled"} if log else {})
-    environment |= {"TQDM_DISABLE": "1"} if show else {}
+    environment |= {"TQDM_DISABLE": "1"} if show else {}  # of the child
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
     command, seen = [*torchrun, "-m", "unetseg", "resume", str(run)], len(checkpoint.read_history(run))
     options = {"stdout": subprocess.DEVNULL, "start_new_session": True, "preexec_fn": end_with_parent}

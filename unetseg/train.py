@@ -209,7 +209,8 @@ def fit(
     """
     num_epochs, size, batch_size = state.config["cycles"][-1], len(train_batches.dataset), train_batches.batch_size
     done = len(state.history) * size + min(state.step * batch_size, size)
-    options = {"total": num_epochs * size, "initial": done, "unit": "img", "mininterval": 1, "disable": bool(show)}
+    options = {"total": num_epochs * size, "initial": done, "unit": "img", "mininterval": 1}
+    options |= {"disable": True} if show else {}  # else TQDM_DISABLE decides
     bar = tqdm(desc=state.run.name, **options)
     with state.stopper.listening(), bar:
         try:

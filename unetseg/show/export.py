@@ -30,7 +30,8 @@ class WholeNetwork(nn.Module):
 
 
 def export_onnx(run_or_weights: Path, path: Path) -> dict:
-    """Write a network as one ONNX file and check it; returns {"difference": of logits, "agreement": of classes, ...}.
+    """Write a network as one ONNX file and check it. Returns what its metadata say, and {"difference": of logits,
+    "agreement": of classes, "parameters", "bytes"}.
 
     Its input "image" is (N, H, W, 3) uint8 RGB of any size, best that of training; its output "logits" is (N, C, H, W)
     float32. Filters are stored in 16 bits, which is all that published weights have. The metadata names classes,
@@ -58,28 +59,24 @@ def export_onnx(run_or_weights: Path, path: Path) -> dict:
     onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in facts.items()})
     encoded = proto.SerializeToString()
     found = compare(network, onnxruntime.InferenceSession(encoded, providers=["CPUExecutionProvider"]), size)
+    found |= {"parameters": sum(weight.numel() for weight in model.parameters()), "bytes": len(encoded)}
     if found["agreement"] < AGREE:
         raise UserError(
             f"{path}: ONNX Runtime and PyTorch agree on {found['agreement']:.2%} of the pixels; not written"
         )
     with atomic_open(path) as file:
         file.write(encoded)
-    return found | {"bytes": len(encoded)}
+    return facts | found
 
 
 def store_in_16_bits(proto: object, onnx: object) -> None:
-    """Store the filters of an ONNX model as float16, each followed by a cast, and name the dimensions."""
+    """Store the filters of an ONNX model as float16, each followed by a cast."""
     graph = proto.graph
     for tensor in graph.initializer:
         if len(tensor.dims) == 4 and tensor.data_type == onnx.TensorProto.FLOAT:
             name, values = tensor.name, onnx.numpy_helper.to_array(tensor).astype(np.float16)
             tensor.CopyFrom(onnx.numpy_helper.from_array(values, f"{name}_half"))
             graph.node.insert(0, onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT))
-    for value, axes in ((graph.input[0], "N H W 3"), (graph.output[0], "N C H W")):
-        for axis, dimension in zip(axes.split(), value.type.tensor_type.shape.dim):
-            if dimension.dim_param:
-                dimension.dim_param = axis
-    del graph.value_info[:]  # which has other names for them
 
 
 @torch.inference_mode()

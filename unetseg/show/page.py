@@ -1,15 +1,15 @@
 """A static page that runs networks in the browser: `python -m unetseg page`."""
 
+import contextlib
 import functools
 import hashlib
 import http.server
+import io
 import json
-import shutil
 from pathlib import Path
 
 from .. import checkpoint
-from ..classes import stored
-from ..files import UserError, atomic_open, exclusive, write_json
+from ..files import UserError, atomic_open, exclusive, make_folder, read_bytes
 from ..images import Image
 from ..tools.scenes import draw_scene
 from .export import export_onnx
@@ -21,36 +21,50 @@ STREET = ((1024, 512), (0, 0, 3))  # size and seed of the drawn scene that the p
 def make_page(runs_or_weights: list[Path], out: Path) -> str:
     """Write the page with one or more networks to `out`, and return what to do with it. Raises UserError."""
     with exclusive(out):
-        there = [path.name for path in out.iterdir() if path.name != ".lock" and path.suffix != ".onnx"]
+        there = {path.name for path in out.iterdir()} - {".lock"}
         if there and "models.json" not in there:
             raise UserError(f"{out}: expected an empty folder or an earlier page, found {min(there)}")
-        models = [add_network(given, out, number) for number, given in enumerate(runs_or_weights)]
-        for path in set(out.glob("*.onnx")) - {out / model["file"] for model in models}:
-            path.unlink()
-        write_json(out / "models.json", models)
-        with atomic_open(out / "street.jpg") as file:
-            Image.fromarray(draw_scene(*STREET)[0]).save(file, "JPEG", quality=92)
-        shutil.copytree(SITE, out, dirs_exist_ok=True)
-        files = [path for path in sorted(out.rglob("*")) if path.is_file() and path.name not in (".lock", "offline.js")]
-        digest = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()
-        worker, names = (SITE / "offline.js").read_text(), ["./", *(str(path.relative_to(out)) for path in files)]
-        worker = worker.replace("VERSION", f"unetseg-{digest[:16]}").replace("[]", json.dumps(names), 1)
-        (out / "offline.js").write_text(worker)
-    size = sum(path.stat().st_size for path in files) / 1e6
-    return f"{out}: {len(models)} networks, {size:.1f} MB; put it on any static host, or python -m http.server -d {out}"
+        earlier = json.loads(read_bytes(out / "models.json")) if there else []
+        street, models = io.BytesIO(), []
+        Image.fromarray(draw_scene(*STREET)[0]).save(street, "JPEG", quality=92)
+        ours = [path for path in SITE.rglob("*") if path.is_file()]
+        contents = {str(path.relative_to(SITE)): path.read_bytes() for path in ours}
+        contents |= {"street.jpg": street.getvalue(), "models.json": b"[]"}
+        write(out, {"models.json": contents["models.json"]})  # marks the folder as ours
+        for given in runs_or_weights:
+            models.append(add_network(given, out))
+            contents[models[-1]["file"]] = read_bytes(out / models[-1]["file"])
+        contents["models.json"] = json.dumps(models, indent=1).encode()
+        version = hashlib.sha256(repr(sorted((name, hash_of(part)) for name, part in contents.items())).encode())
+        names = json.dumps(["./", *sorted(contents.keys() - {"offline.js"})])
+        worker = contents["offline.js"].decode().replace("VERSION", version.hexdigest()[:16]).replace("[]", names, 1)
+        write(out, contents | {"offline.js": worker.encode()})
+        for name in {model["file"] for model in earlier} - contents.keys():
+            (out / name).unlink(missing_ok=True)
+    size = sum(map(len, contents.values())) / 1e6
+    return f"{out}: networks: {len(models)}, {size:.1f} MB; for any static host, or python -m http.server -d {out}"
 
 
-def add_network(run_or_weights: Path, out: Path, number: int) -> dict:
+def hash_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def write(out: Path, contents: dict[str, bytes]) -> None:
+    for name, content in contents.items():
+        make_folder((out / name).parent)
+        with atomic_open(out / name) as file:
+            file.write(content)
+
+
+def add_network(run_or_weights: Path, out: Path) -> dict:
     """Export a network to `out`, and say what the page has to know of it."""
-    model, about = checkpoint.load_model(run_or_weights)
-    name = run_or_weights.resolve().name.removesuffix(".safetensors")
-    export_onnx(run_or_weights, out / f"{number}.onnx")
-    parameters = sum(weight.numel() for weight in model.parameters())
-    size = {"width": about["width"], "height": about["height"]}
-    title = f"{name}: {parameters / 1e6:.1f} M parameters, {about['width']}x{about['height']}"
-    class_set = stored(about)
-    facts = {"names": class_set.names, "colours": class_set.colours.tolist(), "void": about["void"]}
-    return {"name": name, "file": f"{number}.onnx", "title": title, **size, **facts}
+    path = run_or_weights.resolve()
+    name = path.name.removesuffix(".safetensors") if path.is_file() else f"{path.parent.name}/{path.name}"
+    file = f"{checkpoint.weights_sha256(run_or_weights)[:12]}.onnx"
+    facts = export_onnx(run_or_weights, out / file)
+    size = {"width": facts["width"], "height": facts["height"]}
+    title = f"{name}: {facts['parameters'] / 1e6:.1f} M parameters, {facts['width']}x{facts['height']}"
+    return {"name": name, "file": file, "title": title, "names": facts["classes"], "colours": facts["colours"], **size}
 
 
 def serve(folder: Path, port: int) -> None:
@@ -71,4 +85,5 @@ def serve(folder: Path, port: int) -> None:
         raise UserError(f"port {port} cannot be used: {error.strerror}; name another one") from None
     with server:
         print(f"http://127.0.0.1:{port}/ (Ctrl-C ends it)", flush=True)
-        server.serve_forever()
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()

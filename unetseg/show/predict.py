@@ -6,7 +6,7 @@ import os
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .. import checkpoint
 from ..classes import ClassSet, stored
-from ..device import precision_rule
+from ..device import out_of_memory, precision_rule
 from ..files import atomic_open, exclusive, make_folder, write_json
 from ..images import BadFile, overlay, read_photo
 from ..inference import predict, trained_model, write_picture
@@ -41,7 +41,7 @@ class Unlikeness:
                 layer.register_forward_hook(self.look)
 
     def look(self, layer: nn.BatchNorm2d, inputs: tuple[Tensor], output: Tensor) -> None:
-        variance = inputs[0].float().var(dim=(0, 2, 3)) + layer.eps
+        variance = inputs[0].float().var(dim=(0, 2, 3), correction=0) + layer.eps
         self.found.append((variance / (layer.running_var + layer.eps)).log().abs().mean().item())
 
     def take(self) -> float:
@@ -65,16 +65,16 @@ class Predictor:
         self.unlikeness = Unlikeness(self.model)
 
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, dict]:
-        """Class ids (H, W) uint8 of an RGB image (H, W, 3) uint8, and a row: its size, unlikeness, class shares."""
+        """Class ids (H, W) uint8 of an RGB image (H, W, 3) uint8, and its width, height, unlikeness, shares (C,)."""
         pred = predict(self.model, image, self.size, **self.how)
         shares = np.bincount(pred.ravel(), minlength=len(self.class_set)) / pred.size
-        row = {"width": image.shape[1], "height": image.shape[0], "unlike": round(self.unlikeness.take(), 3)}
-        return pred, row | dict(zip(self.class_set.names, shares.round(6).tolist()))
+        height, width = pred.shape
+        return pred, {"width": width, "height": height, "unlike": self.unlikeness.take(), "shares": shares.tolist()}
 
 
 def predict_files(predictor: Predictor, inputs: list[Path], out: Path) -> tuple[dict[str, dict], list[str]]:
-    """Predict pictures, videos and folders of them; returns a row for each that was written, by the name of its file,
-    and a message for each file that was left out.
+    """Predict pictures, videos and folders of them. Returns what `Predictor` says of each, by the path of the file, and
+    a message for each file that was left out.
 
     Of a picture: out/ids/<name>.png (class ids), out/colour/<name>.png at its own size, out/overlay/<name>.jpg with a
     legend below. Of a video: out/overlay/<name>.mp4 and out/frames/<name>.csv, a row per frame. Of all: shares.csv and
@@ -82,97 +82,86 @@ def predict_files(predictor: Predictor, inputs: list[Path], out: Path) -> tuple[
     """
     files, problems = find_files(inputs, out)
     rows: dict[str, dict] = {}
-    with exclusive(out, wait=True), ThreadPoolExecutor(3) as pool:
-        writing: list[Future] = []  # the files of the picture before; no more are kept in memory
+    with exclusive(out, wait=True):
         try:
             for path, name in tqdm(files.items(), unit="file", delay=1):
+                predict_one = predict_video if path.suffix.lower() in VIDEOS else predict_picture
                 try:
-                    if path.suffix.lower() in VIDEOS:
-                        rows[str(path)] = predict_video(predictor, path, out, name)
-                        continue
-                    image = read_photo(path)
-                    if max(image.shape) > MOST_SIDE:
-                        raise BadFile(f"{path}: expected sides of at most {MOST_SIDE} pixels, found {max(image.shape)}")
-                    pred, row = predictor(image)
-                except (BadFile, MemoryError) as error:
-                    problems.append(str(error) if isinstance(error, BadFile) else f"{path}: needs more memory")
-                    continue
-                finish(writing)
-                writing = write_pictures(pool, predictor.class_set, image, pred, row, out, name)
-                rows[str(path)] = row
-            finish(writing)
-        finally:
+                    rows[str(path)] = predict_one(predictor, path, out, name)
+                except BadFile as error:
+                    problems.append(str(error))
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    problems.append(f"{path}: needs more memory than there is; make it smaller, or use fewer --tiles")
+        finally:  # also when it is stopped: what was written is listed
             if rows:
-                write_shares(rows, predictor.facts | {"left_out": problems}, out)
+                write_table(out / "shares.csv", "file", predictor.class_set, rows)
+                write_json(out / "shares.json", predictor.facts | {"files": rows, "left_out": problems})
     return rows, problems
 
 
-def write_pictures(
-    pool: ThreadPoolExecutor, class_set: ClassSet, image: np.ndarray, pred: np.ndarray, row: dict, out: Path, name: str
-) -> list[Future]:
-    """Start writing what a picture's prediction is shown as."""
-    for kind in ("ids", "colour", "overlay"):
-        make_folder((out / kind / name).parent)
-    painted = class_set.paint(pred)
-    shown = np.vstack([overlay(image, painted), legend(class_set, image.shape[1], row)])
+def predict_picture(predictor: Predictor, path: Path, out: Path, name: str) -> dict:
+    """Write what is made of one picture. Raises BadFile."""
+    image = read_photo(path)
+    if max(image.shape) > MOST_SIDE:
+        raise BadFile(f"{path}: expected sides of at most {MOST_SIDE} pixels, found {max(image.shape)}")
+    pred, row = predictor(image)
+    painted = predictor.class_set.paint(pred)
+    shown = np.vstack([overlay(image, painted), legend(predictor.class_set, image.shape[1], row["shares"])])
     pictures = {f"ids/{name}.png": pred, f"colour/{name}.png": painted, f"overlay/{name}.jpg": shown}
-    return [pool.submit(write_picture, out / place, picture) for place, picture in pictures.items()]
+    for place in pictures:
+        make_folder((out / place).parent)
+    with ThreadPoolExecutor(len(pictures)) as pool:
+        list(pool.map(write_picture, (out / place for place in pictures), pictures.values()))
+    return row
 
 
 def predict_video(predictor: Predictor, path: Path, out: Path, name: str) -> dict:
-    """Predict a video frame by frame; returns a row with the means. Raises BadFile when it ends early."""
-    for kind in ("overlay", "frames"):
-        make_folder((out / kind / name).parent)
+    """Write what is made of a video, frame by frame; returns the means. Raises BadFile when it ends early."""
     fps, frames = frames_of(path)
-    totals, count = Counter(), 0
-    with (
-        atomic_open(out / "frames" / f"{name}.csv") as file,
-        written_video(out / "overlay" / f"{name}.mp4", fps) as write,
-    ):
-        text = io.TextIOWrapper(file, "utf-8", newline="", write_through=True)
-        for count, image in enumerate(frames, 1):
-            pred, row = predictor(image)
-            if count == 1:
-                table = csv.DictWriter(text, ["seconds", *row])
-                table.writeheader()
-                strip = legend(predictor.class_set, image.shape[1])
+    rows: dict[float, dict] = {}
+    strip = None
+    with written_video(make_folder((out / "overlay" / name).parent) / f"{Path(name).name}.mp4", fps) as write:
+        for number, image in enumerate(frames):
+            pred, rows[round(number / fps, 3)] = predictor(image)
+            strip = legend(predictor.class_set, image.shape[1]) if strip is None else strip
             write(np.vstack([overlay(image, predictor.class_set.paint(pred)), strip]))
-            table.writerow({"seconds": round((count - 1) / fps, 3), **row})
-            totals.update(row)
-        text.detach()
-    return {
-        key: value // count if key in ("width", "height") else round(value / count, 6) for key, value in totals.items()
-    }
+    make_folder((out / "frames" / name).parent)
+    write_table(out / "frames" / f"{name}.csv", "seconds", predictor.class_set, rows)
+    means = {"unlike": statistics.fmean(row["unlike"] for row in rows.values())}
+    means["shares"] = np.mean([row["shares"] for row in rows.values()], axis=0).tolist()
+    return rows[0.0] | means | {"frames": len(rows)}
 
 
 def find_files(inputs: list[Path], out: Path) -> tuple[dict[Path, str], list[str]]:
-    """Pictures and videos, each with a name for its results, and a message for each other file and empty folder.
+    """Pictures and videos, each with a name for its results, and a message for each file that is neither.
 
-    The name is the path below the folder that all inputs share, without its suffix unless another file has it, too.
-    Links are followed; hidden files and folders, and what was written to `out` earlier, are passed over.
+    A name is the path below the folder that holds all inputs, without its suffix unless another file needs the same
+    name. Links are followed; hidden files and folders, and what was written to `out` earlier, are passed over.
     """
-    found, problems, own = [], [], {os.path.realpath(out / name) for name in OUTPUT}
-    roots = [os.path.abspath(given if given.is_dir() else given.parent) for given in inputs]
+    own = {os.path.realpath(out / name) for name in OUTPUT} if (out / "shares.json").is_file() else set()
+    found: dict[str, Path] = {}  # each file once
+    roots, problems = [], []
     for given in inputs:
-        paths = list(walk(given, own)) if given.is_dir() else [given]
-        known = {path: 0 for path in paths if path == given or path.suffix.lower() in PICTURES + VIDEOS}
-        problems += [
-            f"{path}: expected a picture or a video, by its suffix" for path in paths if path not in set(known)
-        ]
-        if not known or not given.exists():
-            problems.append(f"{given}: expected a picture, a video or a folder of them, found none")
+        folder = os.path.isdir(given)
+        paths = list(walk(given, own, problems)) if folder else [given] if os.path.isfile(given) else []
+        known = [path for path in paths if path == given or path.suffix.lower() in PICTURES + VIDEOS]
+        problems += [f"{path}: expected a picture or a video, by its suffix" for path in paths if path not in known]
+        if known:
+            roots.append(os.path.abspath(given if folder else given.parent))
+            found |= {os.path.abspath(path): path for path in known if os.path.abspath(path) not in found}
         else:
-            found += known
-    found = list(dict.fromkeys(found))
-    stems = {path: Path(os.path.relpath(path, os.path.commonpath(roots))).with_suffix("") for path in found}
-    shared = Counter(stems.values())
-    names = {path: stem if shared[stem] == 1 else stem.with_name(path.name) for path, stem in stems.items()}
-    return {path: str(name) for path, name in names.items()}, problems
+            problems.append(f"{given}: expected a picture, a video or a folder of them, found none")
+    full = {path: Path(os.path.relpath(place, os.path.commonpath(roots))) for place, path in found.items()}
+    taken = Counter([name.with_suffix("") for name in full.values()]) + Counter(full.values())
+    short = {path: name.with_suffix("") for path, name in full.items()}
+    return {path: str(name if taken[name] == 1 else full[path]) for path, name in short.items()}, problems
 
 
-def walk(folder: Path, own: set[str]) -> Iterator[Path]:
+def walk(folder: Path, own: set[str], problems: list[str]) -> Iterator[Path]:
     """The files below a folder, in order. Of folders that link to each other, each is entered once."""
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: problems.append(str(error))):
         real = os.path.realpath(place)
         if real in own:
             folders.clear()
@@ -183,15 +172,16 @@ def walk(folder: Path, own: set[str]) -> Iterator[Path]:
         yield from (path for path in paths if os.path.realpath(path) not in own)
 
 
-def legend(class_set: ClassSet, width: int, row: dict | None = None) -> np.ndarray:
-    """A white strip (h, width, 3) uint8, h even, with the classes' colours and names, and their shares in a row."""
-    side = max(10, width // 50)
+def legend(class_set: ClassSet, width: int, shares: list[float] | None = None) -> np.ndarray:
+    """A white strip (h, width, 3) uint8, h even, with the classes' colours and names; given their shares, with these,
+    and without the classes that do not occur."""
+    side = min(max(10, width // 50), 40)
     font, strip = ImageFont.load_default(side), Image.new("RGB", (width, 2 * side * (len(class_set) + 1)), "white")
     draw, x, y = ImageDraw.Draw(strip), side // 2, side // 2
-    for name, colour in zip(class_set.names, class_set.colours.tolist()):
-        if row is not None and row[name] == 0:
+    for class_id, (name, colour) in enumerate(zip(class_set.names, class_set.colours.tolist())):
+        if shares and not shares[class_id]:
             continue
-        text = name if row is None else f"{name} {100 * row[name]:.1f} %"
+        text = f"{name} {100 * shares[class_id]:.1f} %" if shares else name
         length = 2 * side + int(draw.textlength(text, font))
         if x > side // 2 and x + length > width:
             x, y = side // 2, y + 3 * side // 2
@@ -201,15 +191,16 @@ def legend(class_set: ClassSet, width: int, row: dict | None = None) -> np.ndarr
     return np.asarray(strip)[: (y + 2 * side) // 2 * 2]
 
 
-def write_shares(rows: dict[str, dict], facts: dict, out: Path) -> None:
-    """Write shares.csv and shares.json."""
-    with atomic_open(out / "shares.csv") as file:
-        text = io.TextIOWrapper(file, "utf-8", newline="", errors="surrogateescape", write_through=True)
-        table = csv.DictWriter(text, ["file", *next(iter(rows.values()))])
-        table.writeheader()
-        table.writerows({"file": name, **row} for name, row in rows.items())
-        text.detach()
-    write_json(out / "shares.json", facts | {"files": rows})
+def write_table(path: Path, key: str, class_set: ClassSet, rows: dict) -> None:
+    """Write a CSV file: the key of each row, its size, unlikeness, and share of each class."""
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow([key, "width", "height", "unlike", *class_set.names])
+    for name, row in rows.items():
+        numbers = [round(number, 6) for number in (row["unlike"], *row["shares"])]
+        table.writerow([name, row["width"], row["height"], *numbers])
+    with atomic_open(path) as file:
+        file.write(text.getvalue().encode(errors="surrogateescape"))
 
 
 def remarks(predictor: Predictor, rows: Iterable[dict]) -> list[str]:
@@ -217,20 +208,10 @@ def remarks(predictor: Predictor, rows: Iterable[dict]) -> list[str]:
     rows, said, (width, height) = list(rows), [], predictor.size
     median = statistics.median(row["unlike"] for row in rows) if rows else 0
     if median > UNLIKE:
-        said.append(
-            f"these pictures look unlike the training data (median {median:.2f}, above {UNLIKE}): expect more errors"
-        )
-    small = sum(row["width"] < width / 2 or row["height"] < height / 2 for row in rows)
-    if small:
+        said.append(f"these pictures look unlike the training data ({median:.2f}, above {UNLIKE}): expect more errors")
+    if small := sum(row["width"] < width / 2 or row["height"] < height / 2 for row in rows):
         said.append(f"{small} of {len(rows)} have less than half of the {width}x{height} pixels of training")
     usual = width / height if width != height else 1.6  # square training images are mostly squeezed from wider ones
-    odd = sum(not 0.5 <= row["width"] / row["height"] / usual <= 2 for row in rows)
-    if odd:
+    if odd := sum(not 0.5 <= row["width"] / row["height"] / usual <= 2 for row in rows):
         said.append(f"{odd} of {len(rows)} are far wider or narrower than street scenes are: crop them, or use --tiles")
     return said
-
-
-def finish(writing: list[Future]) -> None:
-    """Wait for the files of a picture. Raises FileError when one could not be written."""
-    for future in writing:
-        future.result()

@@ -293,7 +293,10 @@ def draw_dataset(out: Path, num_scenes: dict[str, int], size: tuple[int, int] = 
     if min(size) < 64:
         raise UserError(f"scenes: expected at least 64 pixels a side, found {size[0]}x{size[1]}")
     for path in out.glob("gtFine/*/drawn/*.png"):
-        there = Image.open(path).size
+        try:
+            there = Image.open(path).size
+        except OSError:
+            raise UserError(f"{path}: expected a drawn scene, found a damaged file; delete it") from None
         if there != size or not path.name.startswith(f"drawn_{seed:06d}_"):
             found, wanted = f"{path.name} of {there[0]}x{there[1]}", f"scenes of seed {seed}, {size[0]}x{size[1]}"
             raise UserError(f"{out}: expected {wanted}, found {found}; use another folder")

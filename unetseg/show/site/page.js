@@ -1,14 +1,12 @@
 // What one sees and does; the networks run in worker.js.
-const MOST = 2048; // pixels of the longest side that a picture is shown and labelled at
-const $ = (id) => document.getElementById(id);
+const $ = (id) => document.getElementById(id), MOST = 2048; // pixels of the longest side that a picture is labelled at
 const views = [...document.querySelectorAll("figure")].map((figure) => ({
   figure, canvas: figure.querySelector("canvas"), caption: figure.querySelector("figcaption"), model: -1, result: null,
 }));
 const worker = new Worker("worker.js"), waiting = new Map(), off = new Set();
-let models = [], picture = null, occluders = [], drag = null, round = 0, stream = null;
-
+let models = [], picture = null, occluders = [], drag = null, round = 0, session = 0, stream = null;
 worker.onmessage = ({ data }) => { waiting.get(data.id)(data); waiting.delete(data.id); };
-worker.onerror = (event) => say(`This browser cannot run the network: ${event.message}`);
+worker.onerror = (event) => waiting.forEach((done) => done({ error: `This browser cannot run the network: ${event.message}` }));
 const say = (text) => { $("status").textContent = text; };
 function ask(message) { // the worker's answer
   const id = Math.random();
@@ -17,15 +15,16 @@ function ask(message) { // the worker's answer
 
 function show(source, width, height) { // take a bitmap, or a video's frame, as the picture
   const scale = Math.min(1, MOST / Math.max(width, height));
-  picture = new OffscreenCanvas(Math.round(width * scale), Math.round(height * scale));
+  picture = new OffscreenCanvas(Math.max(1, Math.round(width * scale)), Math.max(1, Math.round(height * scale)));
   const context = picture.getContext("2d", { willReadFrequently: true });
   context.imageSmoothingQuality = "high";
   context.drawImage(source, 0, 0, picture.width, picture.height);
 }
 
 async function open(blob) {
-  stop();
-  const bitmap = await createImageBitmap(blob, { imageOrientation: "from-image", colorSpaceConversion: "none" }).catch(() => null);
+  const mine = stop();
+  const bitmap = await createImageBitmap(await blob, { imageOrientation: "from-image", colorSpaceConversion: "none" }).catch(() => null);
+  if (mine !== session) return; // another picture was chosen meanwhile
   if (!bitmap) return say("This file is no picture that the browser can read.");
   show(bitmap, bitmap.width, bitmap.height);
   occluders = [];
@@ -42,8 +41,8 @@ function covered() { // the picture with its occluders, (H, W, 4)
 
 async function predict() {
   const mine = ++round, image = covered();
+  for (const view of views) view.result = null;
   for (const view of views.filter((view) => view.model >= 0)) {
-    view.result = null;
     say(`${models[view.model].name} …`);
     const result = await ask({ model: view.model, pixels: image.data, width: image.width, height: image.height });
     if (mine !== round) return; // the picture has changed meanwhile
@@ -102,20 +101,24 @@ async function choose() { // networks for the two views
   if (picture) await predict();
 }
 
-function stop() {
+const press = (name, on) => $(name).setAttribute("aria-pressed", on), pressed = (name) => $(name).getAttribute("aria-pressed") === "true";
+function stop() { // the camera; returns the number of what is looked at from now on
   stream?.getTracks().forEach((track) => track.stop());
   stream = null;
-  $("camera").ariaPressed = false;
+  press("camera", false);
+  return ++session;
 }
 
 async function live() { // label the camera's pictures until the button is pressed again, which keeps the last one
   if (stream) return stop();
-  stream = await navigator.mediaDevices?.getUserMedia({ video: { facingMode: "environment" } }).catch(() => null);
-  if (!stream) return say("There is no camera, or the browser does not allow it.");
-  $("camera").ariaPressed = true;
-  const video = Object.assign(document.createElement("video"), { srcObject: stream, muted: true, playsInline: true });
-  await video.play();
-  for (occluders = []; stream; await predict()) show(video, video.videoWidth, video.videoHeight);
+  const mine = stop(), found = await navigator.mediaDevices?.getUserMedia({ video: { facingMode: "environment" } }).catch(() => null);
+  if (!found) return say("There is no camera, or the browser does not allow it.");
+  const video = Object.assign(document.createElement("video"), { srcObject: found, muted: true, playsInline: true });
+  await video.play().catch(() => null);
+  if (mine !== session || !video.videoWidth) return found.getTracks().forEach((track) => track.stop());
+  stream = found;
+  press("camera", true);
+  for (occluders = []; mine === session; await predict()) show(video, video.videoWidth, video.videoHeight);
 }
 
 function place(event) { // of the pointer, in pixels of the picture
@@ -125,7 +128,7 @@ function place(event) { // of the pointer, in pixels of the picture
 
 for (const { canvas } of views) {
   canvas.onpointerdown = (event) => {
-    if (!picture || $("draw").ariaPressed !== "true") return;
+    if (!picture || !pressed("draw")) return;
     canvas.setPointerCapture(event.pointerId);
     drag = [[...place(event), 0, 0]];
   };
@@ -142,16 +145,16 @@ for (const { canvas } of views) {
   };
 }
 function drawing(on) {
-  $("draw").setAttribute("aria-pressed", on);
+  press("draw", on);
   for (const { canvas } of views) canvas.style.touchAction = on ? "none" : "auto";
 }
-$("draw").onclick = () => drawing($("draw").ariaPressed !== "true");
+$("draw").onclick = () => drawing(!pressed("draw"));
 $("clear").onclick = () => { occluders = []; predict(); };
-$("opacity").oninput = paint;
+[$("opacity").oninput, $("camera").onclick] = [paint, live];
 $("first").onchange = $("second").onchange = choose;
-$("camera").onclick = live;
-$("sample").onclick = async () => open(await (await fetch("street.jpg")).blob());
-$("file").onchange = (event) => event.target.files[0] && open(event.target.files[0]);
+$("sample").onclick = () => open(fetch("street.jpg").then((answer) => answer.blob()));
+$("file").onclick = () => { $("file").value = ""; }; // the same file may be chosen again
+$("file").onchange = () => $("file").files[0] && open($("file").files[0]);
 for (const kind of ["dragover", "dragleave", "drop"]) document.addEventListener(kind, (event) => {
   event.preventDefault();
   $("views").classList.toggle("drop", kind === "dragover");
@@ -168,4 +171,5 @@ async function start() {
   await choose();
   await $("sample").onclick();
 }
-start().catch((error) => say(`This page needs a web server, such as: python -m http.server (${error.message})`));
+if (location.protocol === "file:") say("This page needs a web server, such as: python -m http.server");
+else start().catch((error) => say(error.message));

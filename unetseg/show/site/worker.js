@@ -48,7 +48,7 @@ function highest(logits, [, classes, height, width], newWidth, newHeight) { // c
 
 async function predict({ model, pixels, width, height }) {
   const about = (await models)[model];
-  sessions[model] ??= ort.InferenceSession.create(about.file);
+  sessions[model] ??= ort.InferenceSession.create(about.file).catch((error) => { delete sessions[model]; throw error; });
   const session = await sessions[model], started = performance.now();
   const area = width >= about.width && height >= about.height, halves = width === 2 * about.width && height === 2 * about.height;
   const small = resize(pixels, width, height, 4, 3, about.width, about.height, area);
