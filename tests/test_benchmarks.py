@@ -7,8 +7,10 @@ from functools import partial
 import measure
 import pytest
 import table
+import training
 from conftest import ROOT
 
+from unetseg.data import load_split
 from unetseg.files import read_json
 
 
@@ -21,6 +23,12 @@ def test_contenders_work_and_end():
     with measure.Contender(partial, sum, (1, 2)) as contender:
         assert contender.run() >= 0
     assert not contender.process.is_alive()
+
+
+def test_the_loops_of_training_run(processed, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "load", lambda home, images: load_split(processed, "train"))
+    for loop in (training.our_epoch, training.bare_epoch):
+        loop("default", tmp_path, 6)()
 
 
 @pytest.mark.parametrize("name", table.TEXTS)

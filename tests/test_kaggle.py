@@ -5,7 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import execute
 import nbformat
@@ -300,3 +302,21 @@ def test_the_kaggle_package_accepts_the_metadata(folder, monkeypatch, tmp_path, 
     assert "run.train" in "".join(cell.source for cell in pushed.cells)
     slugs = {json.loads(path.read_text())["id"] for path in (ROOT / "kaggle").glob("*/*-metadata.json")}
     assert {*request.dataset_data_sources, *request.kernel_data_sources} <= slugs
+
+
+def test_what_is_none_suits_what_was_found(processed, tmp_path, capsys, monkeypatch):
+    settings = Settings("scratch", processed, tmp_path / "runs" / "scratch")
+    drawn = place.prepare(settings)
+    assert (drawn.epochs, drawn.channels, drawn.num_processes, drawn.max_minutes) == (60, 16, 1, None)
+    assert "the quick schedule" in capsys.readouterr().out
+    assert place.prepare(replace(settings, epochs=3, channels=8)) == replace(drawn, epochs=3, channels=8)
+    monkeypatch.setattr(place.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(place, "find_split", lambda data, name: SimpleNamespace(checked=["aachen_000000_000019"]))
+    real = place.prepare(settings)
+    assert (real.epochs, real.channels, real.num_processes) == (None, None, 2)
+
+
+def test_a_fine_tuning_without_its_first_run_says_so_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(place, "find_data", lambda *arguments: pytest.fail("data were looked for"))
+    with pytest.raises(UserError, match="expected trained weights, found nothing; train first"):
+        place.prepare(Settings("ce_dice", "auto", tmp_path / "ce_dice", init=tmp_path / "scratch"))

@@ -13,6 +13,7 @@ import pytest
 import run_all
 from conftest import ROOT
 
+from unetseg import plots
 from unetseg.settings import KNOBS
 from unetseg.tools import kaggle, layouts
 
@@ -92,6 +93,28 @@ def test_the_settings_cell_says_what_the_declaration_says(committed):
     for line in lines:
         name, text = line.split("=")[0], line.split(",  # ")[1]
         assert text == KNOBS[name].metadata["help"], name
+
+
+def test_a_hundred_epochs_leave_a_line_each_and_one_figure(tmp_path, capsys, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda *picture, display_id: shown.append(picture) or Handle())
+    live, row = (
+        plots.LiveCurves(tmp_path / "curves_scratch.png", every=1000),
+        {"train_loss": 1, "val_loss": 1.0, "seconds": 1},
+    )
+    history = [{"epoch": epoch, "val_miou": epoch / 100, **row} for epoch in range(1, 101)]
+    for done in range(1, 101):
+        live(history[:done])
+    live.draw(history)
+    live.draw([])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 100 and lines[99].startswith("epoch 100  loss 1.000") and len(shown) == 1
+    assert (tmp_path / "curves_scratch.png").is_file()
+
+
+class Handle:
+    def update(self, picture):
+        """As IPython's."""
 
 
 def test_each_data_set_has_a_folder_of_its_own(tmp_path):
