@@ -17,15 +17,16 @@ SITTING = ["settings", "classes", "processed", "data", "augment", "losses", "mod
 SITTING += ["train", "run", "checkpoint", "distributed", "device"]
 AROUND = ["__init__", "__main__", "images", "inference", "tracking", "plots", "files"]
 BUDGETS = {  # lines, docstrings and comments included, blank ones not
-    "the sitting": ([f"unetseg/{name}.py" for name in SITTING], 1645),
-    "around it": ([f"unetseg/{name}.py" for name in AROUND], 834),
-    "evaluation": (["unetseg/evaluation/*.py"], 743),
-    "tools": (["unetseg/tools/*.py"], 2010),
+    "the sitting": ([f"unetseg/{name}.py" for name in SITTING], 1661),
+    "around it": ([f"unetseg/{name}.py" for name in AROUND], 969),
+    "evaluation": (["unetseg/evaluation/*.py"], 745),
+    "show": (["unetseg/show/*.py"], 399),
+    "tools": (["unetseg/tools/*.py"], 2047),
     "notebooks": (["notebooks/*.py"], 300),
     "the script": (["preprocessing/*.py"], 20),
-    "report": (["report/*.py", "report/*.typ"], 400),
+    "report": (["report/*.py", "report/*.typ"], 425),
     "benchmarks": (["benchmarks/*.py"], 900),
-    "tests": (["tests/*.py"], 4500),
+    "tests": (["tests/*.py"], 4890),
 }
 MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "unetseg").glob("*.py")}
 
@@ -79,7 +80,7 @@ def test_arrows_point_one_way():
         "optimizers",
     }
     assert [name for name, used in uses.items() if "run" in used] == ["__main__"]
-    for part in ("tools", "evaluation"):
+    for part in ("tools", "evaluation", "show"):
         assert [name for name, used in uses.items() if part in used] == ["__main__"]
 
 
@@ -129,9 +130,9 @@ def test_pip_installs_a_whole_package(tmp_path):
     command = [sys.executable, "-m", "pip", "install", *options, "--target", str(site), str(tmp_path / "source")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for pattern in ("*.py", "*.toml"):
-        ours = {str(path.relative_to(ROOT)) for path in (ROOT / "unetseg").rglob(pattern)}
-        assert ours and ours == {str(path.relative_to(site)) for path in (site / "unetseg").rglob(pattern)}
+    for pattern in ("*.py", "*.toml", "site/**/*"):
+        ours, theirs = ({str(p.relative_to(top)) for p in (top / "unetseg").rglob(pattern)} for top in (ROOT, site))
+        assert ours and ours == theirs
     code = "import unetseg.run; print(unetseg.run.__file__, unetseg.commit())"
     said = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(site)}, text=True)
     assert said.split() == [str(site / "unetseg" / "run.py"), "unknown"]
