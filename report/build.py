@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,13 @@ RESULTS = ROOT / "report" / "results"
 PICTURES = ("samples.jpg", "predictions.jpg")
 FIRST = ("published", "scratch", "control", "weighted_ce_occlusion", "ce_dice_occlusion", "weighted_ce_dice_occlusion")
 SHOWN = 0  # number of the val scene that is shown
+DETAILS = {  # further columns, and the names of their means
+    "boundary IoU, 3 px": "boundary_iou_3px",
+    "boundary F, 3 px": "boundary_f_3px",
+    "small people": "iou_by_size person small",
+    "large people": "iou_by_size person large",
+    "calibration error": "calibration_error",
+}
 PAIR = ("recall", "precision")
 STREET = ((512, 256), (0, 0, 3))  # size and seed of the scene that shows the occluders
 
@@ -152,6 +160,7 @@ def plan_contents(plan: dict) -> dict:
         "single": any(len(row["seeds"]) < 2 for row in done),
         "findings": findings(done),
     }
+    facts["details"] = {"columns": list(DETAILS), "rows": mean_cells(plan, DETAILS.values())}
     facts["discussion"] = discussion(plan["rows"])
     facts["occluded"] = any(key.startswith("lost_under") for row in done for key in row["mean"])
     return facts | {"abstract": f"In the plan {where}: {stages}"}
@@ -281,6 +290,19 @@ def stage_table(summary: dict) -> str:
     return markdown(["mIoU", "person", "minutes"], rows, note)
 
 
+def mean_cells(summary: dict, keys: Iterable[str]) -> dict[str, list[str]]:
+    """The means of each row that has results."""
+    rows = {row["title"]: [row["mean"].get(key) for key in keys] for row in summary["rows"].values() if "mean" in row}
+    return {row: ["–" if x is None else f"{x:.3f}".replace("0.", ".") for x in found] for row, found in rows.items()}
+
+
+def class_table(summary: dict) -> str:
+    """IoU of each class, for all rows of a plan that have results."""
+    means = next(row["mean"] for row in summary["rows"].values() if "mean" in row)
+    names = [key.removeprefix("scores ") for key in means if key.startswith("scores ")]
+    return markdown(names, mean_cells(summary, [f"scores {name}" for name in names]), "Means over folds and seeds.")
+
+
 def plan_table(summary: dict) -> str:
     """All rows of a plan that have results, as Markdown."""
     return markdown(PLAN_COLUMNS, plan_cells(summary), plan_note(summary))
@@ -289,7 +311,11 @@ def plan_table(summary: dict) -> str:
 # of each text: the marker, the plan, and what stands there
 TEXTS = {
     "README.md": [("results", "camvid7", stage_table)],
-    "docs/results.md": [("camvid7", "camvid7", plan_table), ("drawn", "drawn", plan_table)],
+    "docs/results.md": [
+        ("camvid7", "camvid7", plan_table),
+        ("classes", "camvid7", class_table),
+        ("drawn", "drawn", plan_table),
+    ],
 }
 
 

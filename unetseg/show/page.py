@@ -35,7 +35,7 @@ def make_page(runs_or_weights: list[Path], out: Path) -> str:
             models.append(add_network(given, out))
             contents[models[-1]["file"]] = read_bytes(out / models[-1]["file"])
         contents["models.json"] = json.dumps(models, indent=1).encode()
-        version = hashlib.sha256(repr(sorted((name, hash_of(part)) for name, part in contents.items())).encode())
+        version = hashlib.sha256(b"".join(contents[name] for name in sorted(contents)))
         names = json.dumps(["./", *sorted(contents.keys() - {"offline.js"})])
         worker = contents["offline.js"].decode().replace("VERSION", version.hexdigest()[:16]).replace("[]", names, 1)
         write(out, contents | {"offline.js": worker.encode()})
@@ -43,10 +43,6 @@ def make_page(runs_or_weights: list[Path], out: Path) -> str:
             (out / name).unlink(missing_ok=True)
     size = sum(map(len, contents.values())) / 1e6
     return f"{out}: networks: {len(models)}, {size:.1f} MB; for any static host, or python -m http.server -d {out}"
-
-
-def hash_of(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def write(out: Path, contents: dict[str, bytes]) -> None:
