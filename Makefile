@@ -56,7 +56,8 @@ html: .venv/installed
 # Needs the packages for export; PORT=8000 names another port.
 page: .venv/installed
 	$(PIP) --quiet onnx onnxscript onnxruntime
-	$(BIN)/python -m unetseg page weights/*.safetensors --out runs/page --serve $(or $(PORT),8000)
+	$(BIN)/python -m unetseg page weights/unet-camvid7.safetensors weights/unet-camvid11.safetensors \
+		weights/unet-drawn.safetensors --out runs/page --serve $(or $(PORT),8000)
 
 # What a user chooses by, about ten minutes on two cores; the README's table.
 bench: .venv/installed-dev
