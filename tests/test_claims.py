@@ -70,7 +70,7 @@ CLAIMS = {
         f"mIoU\n{shown(ELEVEN['scores']['mIoU'])}, {shown(ELEVEN['flipped']['mIoU'])} as",
         f"{SEVEN['train_seconds'] / 60:.0f} minutes on two cores",
         f"mIoU {shown(SEVEN['scores']['mIoU'])}, {shown(SEVEN['flipped']['mIoU'])} as",
-        *(f"{facts['parameters'] / 1e6:.1f} M parameters" for facts in (ELEVEN, SEVEN, DRAWN)),
+        *{f"{facts['parameters'] / 1e6:.1f} M parameters" for facts in (ELEVEN, SEVEN, DRAWN)},
     ],
     "notebooks/Fine_tuning_with_Weighted_CE_and_Augmentation.ipynb": [
         people_over_predicted(
