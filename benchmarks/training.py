@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import PRESETS, Row, compare_processes, load, processed_scenes, save
+from measure import Row, compare_processes, load, processed_scenes, save
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -20,24 +20,29 @@ from tqdm import tqdm
 
 from unetseg import device, train
 from unetseg.data import Batches
-from unetseg.losses import cross_entropy
-from unetseg.model import UNet
+from unetseg.losses import cross_entropy, deep_supervision
+from unetseg.model import build_model
+from unetseg.optimizers import OPTIMIZERS
 from unetseg.settings import Settings, complete, with_preset
 
 BATCH = 8
 
 
-def unet(preset: str) -> nn.Module:
+def settings_of(preset: str) -> dict:
+    """The settings of a preset on this device, without epochs at half the size."""
+    stage = {"default": "scratch"}.get(preset, preset)
+    return complete({"stage": stage, "precision": device.precision_rule(device.pick_device())})
+
+
+def network(preset: str) -> nn.Module:
     torch.manual_seed(0)
-    return UNet(7, *PRESETS[preset])
+    return build_model(settings_of(preset), 7)
 
 
 def state_of(preset: str, home: Path, steps: int) -> train.State:
     """A preset's network and optimiser with the precision of this device, as a run has them; nothing is saved."""
-    where = device.pick_device()
-    settings = complete({"stage": "scratch", "precision": device.precision_rule(where)})
-    config = {"settings": settings, "cycles": [10**6], "classes": ["x"] * 7}
-    return train.State(unet(preset).to(where), home / "none", config, steps, train.Stopper())
+    config = {"settings": settings_of(preset), "cycles": [10**6], "classes": ["x"] * 7}
+    return train.State(network(preset).to(device.pick_device()), home / "none", config, steps, train.Stopper())
 
 
 def our_epoch(
@@ -62,11 +67,12 @@ def bare_epoch(preset: str, home: Path, images: int) -> Callable[[], None]:
     """The same network, precision and batches, and nothing else: no sums, no guards, no progress, nothing saved."""
     state, data = state_of(preset, home, 1), load(home, images)
     batches, model = Batches(data, BATCH, state.device, with_preset(Settings(occlusion=0.0))), state.model.train()
-    optimizer, numbers = torch.optim.AdamW(model.parameters(), 1e-3, fused=True), itertools.count(1)
+    optimizer = OPTIMIZERS[settings_of(preset)["optimizer"]](model.parameters(), lr=1e-3, fused=True)
+    numbers = itertools.count(1)
 
     def step() -> None:
         for pictures, masks, _ in batches.epoch(next(numbers)):
-            cross_entropy(train.forward(model, pictures, state.precision), masks).backward()
+            deep_supervision(cross_entropy, train.forward(model, pictures, state.precision), masks)[0].backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -117,14 +123,14 @@ def common_loop(make: Callable, argument: tuple, home: Path, steps: int) -> Call
 
 def evaluation(home: Path) -> Callable[[], None]:
     """The scores of 32 images, as `evaluate` takes them."""
-    model, dataset = unet("default").to(device.pick_device(), memory_format=torch.channels_last), load(home, 32)
+    model, dataset = network("default").to(device.pick_device(), memory_format=torch.channels_last), load(home, 32)
     batches = Batches(dataset, BATCH, device.pick_device())
     return lambda: train.evaluate(model, batches.epoch(), 7, cross_entropy)
 
 
 def forward_alone(home: Path) -> Callable[[], None]:
     """The same network's forward passes over as many batches of the same size."""
-    model = unet("default").to(device.pick_device(), memory_format=torch.channels_last).eval()
+    model = network("default").to(device.pick_device(), memory_format=torch.channels_last).eval()
     images = torch.rand(BATCH, 3, 256, 256, device=device.pick_device())
     return torch.inference_mode()(lambda: [model(images) for _ in range(4)])
 
@@ -139,7 +145,7 @@ def measure(home: Path) -> list[Row]:
         compare_processes("training, default preset", "a bare loop",
                           (our_epoch, *default), (bare_epoch, *default), many),
         compare_processes("training, published preset", "the loop most people run",
-                          (our_epoch, "published", home, 8), (common_loop, unet, ("published",), home, 1), 8),
+                          (our_epoch, "published", home, 8), (common_loop, network, ("published",), home, 1), 8),
         compare_processes("training, default preset", "smp's U-Net in the loop most people run",
                           (our_epoch, *default), (common_loop, smp_unet, (), home, 4), many),
         compare_processes("evaluation, default preset", "forward passes alone",

@@ -233,7 +233,7 @@ def test_nothing_that_is_loaded_runs_code(pairs, processed, tmp_path, capsys):
 
 @pytest.mark.parametrize("edit", [
     {"channels": "many"}, {"channels": 100_000}, {"depth": 99}, {"stage": "../../dragons"}, {"void": "maybe"},
-    {"channels": 8}, {"classes": ["road"]}, {"format": "x"}, None,
+    {"channels": 8}, {"classes": ["road"]}, None,
 ], ids=str)  # fmt: skip
 def test_weights_with_other_metadata_than_they_fit_are_named(edit, tmp_path, capsys):
     given, path = ROOT / "weights" / "unet-drawn.safetensors", tmp_path / "model.safetensors"

@@ -305,6 +305,7 @@ def test_the_kaggle_package_accepts_the_metadata(folder, monkeypatch, tmp_path, 
 
 
 def test_what_is_none_suits_what_was_found(processed, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(place, "KAGGLE", tmp_path / "nowhere")
     settings = Settings("scratch", processed, tmp_path / "runs" / "scratch")
     drawn = place.prepare(settings)
     assert (drawn.epochs, drawn.channels, drawn.num_processes, drawn.max_minutes) == (60, 16, 1, None)
@@ -317,6 +318,7 @@ def test_what_is_none_suits_what_was_found(processed, tmp_path, capsys, monkeypa
 
 
 def test_a_fine_tuning_without_its_first_run_says_so_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(place, "KAGGLE", tmp_path / "nowhere")
     monkeypatch.setattr(place, "find_data", lambda *arguments: pytest.fail("data were looked for"))
     with pytest.raises(UserError, match="expected trained weights, found nothing; train first"):
         place.prepare(Settings("ce_dice", "auto", tmp_path / "ce_dice", init=tmp_path / "scratch"))

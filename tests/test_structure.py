@@ -24,9 +24,9 @@ BUDGETS = {  # lines, docstrings and comments included, blank ones not
     "tools": (["unetseg/tools/*.py"], 2047),
     "notebooks": (["notebooks/*.py"], 300),
     "the script": (["preprocessing/*.py"], 20),
-    "report": (["report/*.py", "report/*.typ"], 425),
+    "report": (["report/*.py", "report/*.typ"], 448),
     "benchmarks": (["benchmarks/*.py"], 900),
-    "tests": (["tests/*.py"], 4890),
+    "tests": (["tests/*.py"], 4895),
 }
 MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "unetseg").glob("*.py")}
 

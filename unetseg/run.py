@@ -198,35 +198,33 @@ def summary(history: list[dict]) -> str:
 
 def launch(settings: Settings, config: dict, log: Callable | None, show: Callable | None) -> list[dict]:
     """Train in settings.num_processes processes, by torchrun as a child on config.json; returns the history."""
-    run, number = make_folder(Path(settings.out)), settings.num_processes
-    write_json(run / CONFIG, config)
+    run, number = Path(settings.out), settings.num_processes
+    write_json(make_folder(run) / CONFIG, config)
     paths = filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")])
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // number))} | os.environ
     environment |= {"PYTHONPATH": os.pathsep.join(paths)} | ({"WANDB_MODE": "disabled"} if log else {})
-    environment |= {"TQDM_DISABLE": "1"} if show else {}  # of the child
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
     command, seen = [*torchrun, "-m", "unetseg", "resume", str(run)], len(checkpoint.read_history(run))
     options = {"stdout": subprocess.DEVNULL, "start_new_session": True, "preexec_fn": end_with_parent}
-    child = subprocess.Popen(command, env=environment, **options)
+    child = subprocess.Popen(command, env=environment | ({"TQDM_DISABLE": "1"} if show else {}), **options)
     try:
         ended = False
         while not ended:
             ended = child.poll() is not None  # before the last look
             history = checkpoint.read_history(run)
-            for row in history[seen:] if log else ():
+            new, seen = history[seen:], len(history)
+            for row in new if log else ():
                 log(row)
-            if show and len(history) > seen:
+            if show and new:
                 show(history)
-            seen = len(history)
             time.sleep(0 if ended else 0.2)
     except KeyboardInterrupt:  # which has not reached torchrun, in a session of its own
         child.send_signal(signal.SIGINT)  # once: it passes it on, and waits thirty seconds for the save
         child.wait()
         raise
     finally:
-        if child.poll() is None:
-            child.terminate()
-            child.wait()
+        child.terminate()  # nothing where it has ended
+        child.wait()
     if child.returncode:
         raise TrainingStopped(f"{run}: the training processes ended with exit status {child.returncode}; see above")
     return checkpoint.read_history(run)
