@@ -18,7 +18,7 @@ SITTING += ["train", "run", "checkpoint", "distributed", "device"]
 AROUND = ["__init__", "__main__", "images", "inference", "tracking", "plots", "files"]
 BUDGETS = {  # lines, docstrings and comments included, blank ones not
     "the sitting": ([f"unetseg/{name}.py" for name in SITTING], 1661),
-    "around it": ([f"unetseg/{name}.py" for name in AROUND], 969),
+    "around it": ([f"unetseg/{name}.py" for name in AROUND], 971),
     "evaluation": (["unetseg/evaluation/*.py"], 745),
     "show": (["unetseg/show/*.py"], 399),
     "tools": (["unetseg/tools/*.py"], 2047),

@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 from typing import NoReturn
 
-from . import __version__, commit
+from . import __version__
 from .files import UserError
 from .settings import KNOBS, Settings, SettingsError, add_flags, complete
 from .tools import parse_size, whole_number
@@ -27,7 +27,7 @@ SPLITS = ("test", "val", "val_all", "train", "fold0", "fold1", "fold2", "fold3")
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m unetseg", description="Street-scene segmentation with a U-Net.")
-    parser.add_argument("--version", action="version", version=f"unetseg {__version__}, commit {commit()}")
+    parser.add_argument("--version", action="version", version=f"unetseg {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("preprocess", help="raw data -> processed folder", add_help=False)  # has a parser of its own
     add = commands.add_parser("scenes", help="draw street scenes in the Cityscapes layout").add_argument
@@ -40,26 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("resume", help="resume a run by its config.json").add_argument
     add("run", type=Path)
     add_evaluation(commands)
-    add = commands.add_parser("predict", help="class ids, colours and overlay for pictures and videos").add_argument
-    add("weights", type=Path, metavar="RUN_OR_WEIGHTS")
-    add("images", type=Path, nargs="+", metavar="FILE_OR_FOLDER")
-    add("--out", type=Path, required=True)
-    add(
-        "--tiles",
-        type=whole_number(1, 16),
-        default=1,
-        metavar="N",
-        help="N x N overlapping windows, for large pictures",
-    )
-    add("--flip", action="store_true", help="average over each picture and its mirror image")
-    add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto", help="auto: by rule for the device")
-    add = commands.add_parser("export", help="a network as an ONNX file, checked against PyTorch").add_argument
-    add("weights", type=Path, metavar="RUN_OR_WEIGHTS")
-    add("--onnx", type=Path, required=True, metavar="FILE")
-    add = commands.add_parser("page", help="a folder with a page that runs networks in the browser").add_argument
-    add("weights", type=Path, nargs="+", metavar="RUN_OR_WEIGHTS")
-    add("--out", type=Path, required=True, metavar="FOLDER")
-    add("--serve", type=whole_number(1, 65_535), metavar="PORT", help="serve it on localhost afterwards")
+    add_show(commands)
     add = commands.add_parser("plan", help="train and score the rows of a plan, or go on with it").add_argument
     add("plan", type=Path, metavar="PLAN.toml")
     add("--data", type=Path, required=True, help="processed folder")
@@ -86,6 +67,29 @@ def add_evaluation(commands: argparse._SubParsersAction) -> None:
     add("base", type=Path, nargs="+", metavar="RUN", help="the base: one run, or the seeds of one recipe")
     add("--to", type=Path, nargs="+", action="append", required=True, metavar="RUN", help="runs to compare; repeatable")
     add("--split", choices=SPLITS)
+
+
+def add_show(commands: argparse._SubParsersAction) -> None:
+    add = commands.add_parser("predict", help="class ids, colours and overlay for pictures and videos").add_argument
+    add("weights", type=Path, metavar="RUN_OR_WEIGHTS")
+    add("images", type=Path, nargs="+", metavar="FILE_OR_FOLDER")
+    add("--out", type=Path, required=True)
+    add(
+        "--tiles",
+        type=whole_number(1, 16),
+        default=1,
+        metavar="N",
+        help="N x N overlapping windows, for large pictures",
+    )
+    add("--flip", action="store_true", help="average over each picture and its mirror image")
+    add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto", help="auto: by rule for the device")
+    add = commands.add_parser("export", help="a network as an ONNX file, checked against PyTorch").add_argument
+    add("weights", type=Path, metavar="RUN_OR_WEIGHTS")
+    add("--onnx", type=Path, required=True, metavar="FILE")
+    add = commands.add_parser("page", help="a folder with a page that runs networks in the browser").add_argument
+    add("weights", type=Path, nargs="+", metavar="RUN_OR_WEIGHTS")
+    add("--out", type=Path, required=True, metavar="FOLDER")
+    add("--serve", type=whole_number(1, 65_535), metavar="PORT", help="serve it on localhost afterwards")
 
 
 def listen() -> None:
