@@ -51,7 +51,7 @@ def our_epoch(
     """`train_one_epoch` with loader and augmentation, or with one constant batch."""
     state, data = state_of(preset, home, -(-images // BATCH)), load(home, images)
     batches = Batches(data, BATCH, state.device, with_preset(Settings(occlusion=occlusion)))
-    same, numbers = next(batches.epoch()), itertools.count(1)
+    same, numbers = next(batches.epoch(1)), itertools.count(1)
 
     def batches_of_epoch() -> Iterator:
         return itertools.repeat(same, len(batches)) if constant else batches.epoch(next(numbers))
