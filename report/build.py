@@ -286,8 +286,7 @@ def stage_table(summary: dict) -> str:
     minutes = {row["title"]: f"{row['mean']['train_seconds'] / 60:.1f}" for row in kept.values()}
     rows = {title: [*found[:2], minutes[title]] for title, found in cells.items()}
     where = f"{summary['name']}, {summary['context']['size']}, means over {len(summary['folds'])} folds"
-    note = f"{where}; minutes of a run on an {summary['context']['device']} that twelve runs shared."
-    return markdown(["mIoU", "person", "minutes"], rows, note)
+    return markdown(["mIoU", "person", "minutes"], rows, f"{where}; minutes of a run, {summary['context']['device']}.")
 
 
 def mean_cells(summary: dict, keys: Iterable[str]) -> dict[str, list[str]]:

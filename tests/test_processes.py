@@ -207,7 +207,7 @@ def test_one_interrupt_is_passed_on_and_the_run_is_saved(processed, tmp_path, se
     wait_for(out / checkpoint.HISTORY, process)
     send(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and b"the same command goes on" in err
+    assert process.returncode == 130 and b"run the same command again" in err
     assert b"SIGINT, stopped in epoch" in err
     state = checkpoint.load_state(out, checkpoint.read_config(out))
     assert len(state["history"]) == len(checkpoint.read_history(out)) > 0

@@ -85,8 +85,8 @@ def test_folders_are_kept_and_what_is_left_out_is_named(tmp_path, street, capsys
     }
     ids, shown = (np.array(Image.open(place / name)) for name in ("ids/day1/a.png", "overlay/day1/a.jpg"))
     assert ids.shape == (256, 512) and ids.max() < 7 and shown.shape[0] > 256 and shown.shape[1:] == (512, 3)
-    with open(place / "shares.csv", newline="") as file:
-        row = next(row for row in csv.DictReader(file) if row["file"].endswith("day1/a.png"))
+    table = csv.DictReader((place / "shares.csv").read_text().splitlines())
+    row = next(row for row in table if row["file"].endswith("day1/a.png"))
     assert float(row["road"]) == pytest.approx(np.mean(ids == 1), abs=1e-6)
     facts = json.loads((place / "shares.json").read_text())
     assert len(facts["files"]) == 8 and len(facts["left_out"]) == 4 and facts["classes"][1] == "road"
@@ -134,8 +134,7 @@ def test_a_video_becomes_a_video_and_rows(tmp_path, predictor, street):
     rows, problems = predict_files(predictor, [tmp_path / "drive.avi"], tmp_path / "out")
     video = cv2.VideoCapture(str(tmp_path / "out" / "overlay" / "drive.mp4"))
     assert problems == [] and video.get(cv2.CAP_PROP_FRAME_COUNT) == 5 and video.get(cv2.CAP_PROP_FPS) == 10
-    with open(tmp_path / "out" / "frames" / "drive.csv", newline="") as file:
-        frames = list(csv.DictReader(file))
+    frames = list(csv.DictReader((tmp_path / "out" / "frames" / "drive.csv").read_text().splitlines()))
     assert [frame["seconds"] for frame in frames] == ["0.0", "0.1", "0.2", "0.3", "0.4"]
     mean = np.mean([float(frame["road"]) for frame in frames])
     assert rows[str(tmp_path / "drive.avi")]["shares"][1] == pytest.approx(mean, abs=1e-5)
@@ -229,9 +228,14 @@ def site(tmp_path_factory):
     server.shutdown()
 
 
+def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
+    (tmp_path / "a.onnx").write_bytes(b"mine")
+    assert command("page", WEIGHTS, "--out", tmp_path) == 1
+    assert "found a.onnx" in capsys.readouterr().err and [path.name for path in tmp_path.iterdir()] == ["a.onnx"]
+
+
 def test_ours_is_short_and_all_is_small(site):
-    out, _ = site
-    ours = [path for path in out.iterdir() if path.suffix in (".html", ".js")]
+    ours = [path for path in (out := site[0]).iterdir() if path.suffix in (".html", ".js")]
     assert sum(len(path.read_text().splitlines()) for path in ours) < 300 and len(ours) == 4
     assert sum(path.stat().st_size for path in out.rglob("*") if path.name != "1.onnx") < 30e6
     assert (out / "ort" / "LICENSE").is_file() and not (out / "ort" / "ort.wasm.min.js").read_text().count("http://")

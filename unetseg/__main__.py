@@ -74,13 +74,7 @@ def add_show(commands: argparse._SubParsersAction) -> None:
     add("weights", type=Path, metavar="RUN_OR_WEIGHTS")
     add("images", type=Path, nargs="+", metavar="FILE_OR_FOLDER")
     add("--out", type=Path, required=True)
-    add(
-        "--tiles",
-        type=whole_number(1, 16),
-        default=1,
-        metavar="N",
-        help="N x N overlapping windows, for large pictures",
-    )
+    add("--tiles", type=whole_number(1, 16), default=1, metavar="N", help="look at N x N overlapping windows (1)")
     add("--flip", action="store_true", help="average over each picture and its mirror image")
     add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto", help="auto: by rule for the device")
     add = commands.add_parser("export", help="a network as an ONNX file, checked against PyTorch").add_argument
@@ -126,8 +120,8 @@ def scenes(args: argparse.Namespace) -> int:
 
     listen()
     draw_dataset(args.out, {"train": args.train, "val": args.val}, args.size, args.seed)
-    number, size = f"{args.train} train and {args.val} val scenes", f"{args.size[0]}x{args.size[1]}"
-    say(f"{number} of {size}, seed {args.seed}, in {args.out}")
+    train, val = (len([*args.out.glob(f"leftImg8bit/{split}/drawn/*.png")]) for split in ("train", "val"))
+    say(f"{train} train and {val} val scenes of {args.size[0]}x{args.size[1]}, seed {args.seed}, in {args.out}")
     say(f"next: python -m unetseg preprocess --data-dir {shlex.quote(str(args.out))} --output-dir processed")
     return 0
 
@@ -239,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
+        print("interrupted; run the same command again", file=sys.stderr)
         return 130
 
 

@@ -37,11 +37,15 @@ def augmented(settings: Settings, train_set: SegmentationSet, count: int) -> tup
     return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy(), masks.to(torch.uint8).numpy()
 
 
+def spread(dataset: SegmentationSet, count: int) -> Tensor:
+    """Indices of up to `count` images, evenly spread."""
+    return torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().long()
+
+
 @torch.inference_mode()
 def predictions(model: nn.Module, dataset: SegmentationSet, count: int, precision: str = "fp32") -> tuple:
     """Images (n, H, W, 3) uint8, masks and predictions (n, H, W) uint8 of up to `count` images, evenly spread."""
-    places = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().long()
-    images, masks = dataset.batch(places, next(model.parameters()).device)
+    images, masks = dataset.batch(spread(dataset, count), next(model.parameters()).device)
     preds = forward(model.eval(), images, precision).argmax(dim=1)
     shown = (images * 255).round().permute(0, 2, 3, 1), masks, preds
     return tuple(tensor.to("cpu", torch.uint8).numpy() for tensor in shown)

@@ -230,10 +230,9 @@ def save(figure: Figure, path: Path, dpi: int | None = None) -> Path:
     """Write a figure as .png or .svg (drawings) or .jpg (photographs, smaller), atomically; same figure, same bytes."""
     quality = {".jpg": {"pil_kwargs": {"quality": 60}}, ".svg": {"metadata": {"Date": None}}}.get(path.suffix, {})
     make_folder(path.parent)
+    dpi = dpi or (150 if path.suffix == ".jpg" else 2 * SCREEN)
     with atomic_open(path) as file:
-        figure.savefig(
-            file, format=path.suffix[1:], dpi=dpi or (150 if path.suffix == ".jpg" else 2 * SCREEN), **quality
-        )
+        figure.savefig(file, format=path.suffix[1:], dpi=dpi, **quality)
     return path
 
 
@@ -262,7 +261,6 @@ class LiveCurves:
 
         if not history:
             return
-
         curves = training_curves({self.path.stem.removeprefix("curves_"): history})
         picture, self.drawn = show(curves, self.path), time.monotonic()
         if self.handle:

@@ -16,7 +16,7 @@ from . import checkpoint
 from .classes import IGNORE_INDEX, stored
 from .data import SegmentationSet
 from .files import UserError, read_json, write_json
-from .inference import predictions, trained_model
+from .inference import predictions, spread, trained_model
 from .metrics import confusion_matrices, iou, miou, scores, under_rule
 from .train import State
 
@@ -117,7 +117,7 @@ class Tracker:
 
         class_set, void = stored(self.config), self.state.void
         confusions = confusion_matrices(torch.from_numpy(preds), torch.from_numpy(masks), len(class_set)).numpy()
-        places = np.linspace(0, len(self.val_set) - 1, len(images)).round().astype(int)
+        places = spread(self.val_set, PICTURES).tolist()
         table = wandb.Table(["epoch", "name", "image", "truth", "prediction", "mIoU", *class_set.names])
         for place, image, mask, pred, confusion in zip(places, images, masks, preds, confusions):
             pictures = (wandb.Image(x, file_type="jpg") for x in (image, class_set.paint(mask), class_set.paint(pred)))

@@ -20,10 +20,10 @@ STREET = ((1024, 512), (0, 0, 3))  # size and seed of the drawn scene that the p
 
 def make_page(runs_or_weights: list[Path], out: Path) -> str:
     """Write the page with one or more networks to `out`, and return what to do with it. Raises UserError."""
+    there = {path.name for path in out.glob("*")} - {".lock"}
+    if there and "models.json" not in there:
+        raise UserError(f"{out}: expected an empty folder or an earlier page, found {min(there)}")
     with exclusive(out):
-        there = {path.name for path in out.iterdir()} - {".lock"}
-        if there and "models.json" not in there:
-            raise UserError(f"{out}: expected an empty folder or an earlier page, found {min(there)}")
         earlier = json.loads(read_bytes(out / "models.json")) if there else []
         street, models = io.BytesIO(), []
         Image.fromarray(draw_scene(*STREET)[0]).save(street, "JPEG", quality=92)

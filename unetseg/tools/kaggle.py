@@ -51,7 +51,7 @@ def suggestions(settings: Settings) -> dict:
     """Every GPU; on Kaggle what is left of a session; on drawn scenes a quick schedule and a small network."""
     found: dict = {"num_processes": max(1, torch.cuda.device_count())}
     if KAGGLE.is_dir():
-        found["max_minutes"] = SESSION_MINUTES - (time.monotonic() - BEGUN) / 60
+        found["max_minutes"] = max(1.0, SESSION_MINUTES - (time.monotonic() - BEGUN) / 60)
     stems = list(find_split(Path(settings.data), "train").checked)
     if all(stem.startswith("drawn_") for stem in stems):
         print("drawn scenes: the quick schedule, where epochs and channels are None")
