@@ -112,8 +112,7 @@ def test_a_phones_picture_of_fifty_megapixels_is_turned_upright(tmp_path, predic
 
 def test_an_animation_is_no_picture(tmp_path, predictor, street):
     save(tmp_path / "still.gif", street)
-    frames = [Image.fromarray(street), Image.fromarray(street[::-1])]
-    frames[0].save(tmp_path / "moves.gif", save_all=True, append_images=frames[1:])
+    save(tmp_path / "moves.gif", street, save_all=True, append_images=[Image.fromarray(street[::-1])])
     rows, problems = predict_files(predictor, [tmp_path], tmp_path / "out")
     assert len(rows) == 1 and "2 pictures in one GIF file" in problems[0]
 
@@ -235,10 +234,10 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
 
 
 def test_ours_is_short_and_all_is_small(site):
-    ours = [path for path in (out := site[0]).iterdir() if path.suffix in (".html", ".js")]
+    files = [path for path in site[0].rglob("*") if path.is_file()]
+    ours = [path for path in files if path.parent == site[0] and path.suffix in (".html", ".js")]
     assert sum(len(path.read_text().splitlines()) for path in ours) < 300 and len(ours) == 4
-    assert sum(path.stat().st_size for path in out.rglob("*") if path.name != "1.onnx") < 30e6
-    assert (out / "ort" / "LICENSE").is_file() and not (out / "ort" / "ort.wasm.min.js").read_text().count("http://")
+    assert sum(path.stat().st_size for path in files) < 30e6 and site[0] / "ort" / "LICENSE" in files
 
 
 def test_the_browser_predicts_as_python_does(site, tmp_path, street):

@@ -263,7 +263,8 @@ def test_a_failed_run_is_marked_failed(nobody, train, monkeypatch, tmp_path):
     monkeypatch.setattr(State, "end_epoch", lambda *args: (_ for _ in ()).throw(OSError("disk on fire")))
     with pytest.raises(OSError, match="disk on fire"):
         train()
-    assert wandb_file.last(files(tmp_path / "home" / "scratch")[0], "exit").exit_code == 1
+    (path,) = {path.resolve() for path in (tmp_path / "home" / "scratch").rglob("*.wandb")}
+    assert wandb_file.last(path, "exit").exit_code == 1
 
 
 def test_what_a_killed_process_did_not_log_reaches_wandb_later(nobody, train, processed, tmp_path, monkeypatch):

@@ -108,8 +108,13 @@ class Tracker:
             if self.tables:  # which ask the server first; one that does not answer is asked once
                 self.tables = False
                 table = self.table(row["epoch"], *shown)
-                bounded(6, lambda: self.run.log({"epoch": row["epoch"], "val/table": table}))
+                bounded(self.patience, lambda: self.run.log({"epoch": row["epoch"], "val/table": table}))
                 self.tables = True
+
+    @property
+    def patience(self) -> int:
+        """Seconds for what asks the server; offline there is none to wait for, only a machine that may be busy."""
+        return 60 if self.run.offline else 6
 
     def table(self, epoch: int, images: np.ndarray, masks: np.ndarray, preds: np.ndarray) -> object:
         """A row per image: itself, truth and prediction in the classes' colours, mIoU, and the IoU of each class."""
@@ -151,7 +156,7 @@ class Tracker:
             self.run.log(logged)
             self.run.log_artifact(artifact, aliases=["final", alias(sha256)])
 
-        bounded(6, send)
+        bounded(self.patience, send)
         self.record["weights"] = sha256
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
