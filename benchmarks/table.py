@@ -11,9 +11,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from unetseg.files import atomic_open, read_json
 
-CHOICES = ("straightforward script", "loop most people run")  # what a user chooses by, by what it is against
+CHOICES = (
+    "straightforward script",
+    "loop most people run",
+    "the published recipe",
+)  # what a user chooses by, by what it is against
 TEXTS = {"README.md": ("choices", CHOICES), "docs/speed.md": ("speed", ("",))}  # markers, what is shown
-NAMES = ("preprocessing", "training", "predict")
+NAMES = ("preprocessing", "training", "predict", "quality")
 
 
 def markdown(files: list[dict], against: tuple[str, ...] = ("",)) -> str:

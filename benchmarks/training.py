@@ -103,6 +103,13 @@ def smp_unet() -> nn.Module:
     return smp.Unet("resnet34", encoder_weights=None, in_channels=3, classes=7)
 
 
+def monai_unet() -> nn.Module:
+    """MONAI's residual U-Net with as many levels and channels as our default."""
+    from monai.networks.nets import UNet
+
+    return UNet(2, 3, 7, channels=(32, 64, 128, 256, 512), strides=(2, 2, 2, 2), num_res_units=2)
+
+
 def common_loop(make: Callable, argument: tuple, home: Path, steps: int) -> Callable[[], None]:
     """The loop most people run: fp32, default memory format, DataLoader, Adam, `.item()` at each step."""
     where = device.pick_device()
@@ -148,6 +155,8 @@ def measure(home: Path) -> list[Row]:
                           (our_epoch, "published", home, 8), (common_loop, network, ("published",), home, 1), 8),
         compare_processes("training, default preset", "smp's U-Net in the loop most people run",
                           (our_epoch, *default), (common_loop, smp_unet, (), home, 4), many),
+        compare_processes("training, default preset", "MONAI's U-Net in the loop most people run",
+                          (our_epoch, *default), (common_loop, monai_unet, (), home, 4), many),
         compare_processes("evaluation, default preset", "forward passes alone",
                           (evaluation, home), (forward_alone, home), 32),
     ]  # fmt: skip

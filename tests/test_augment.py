@@ -78,24 +78,26 @@ def test_void_stays_void(scene):
 BOX = [4.0, 6.0, 12.0, 18.0]
 
 
-def occlude_all(images, masks, found, aimed=0.0, occluded="keep", of=slice(None)):
+def occlude_all(images, masks, found, aimed=0.0, occluded="keep", of=slice(None), size=0.4):
     boxes, donors = torch.tensor([[BOX]]).expand(N, 1, 4), images.flip(0)
     source = Source(boxes[of], torch.ones(N, dtype=torch.long)[of], lambda draw: donors[of])
-    return occlude(images[of], masks[of], {k: v[of] for k, v in found.items()}, source, 1.0, aimed, occluded)
+    return occlude(images[of], masks[of], {k: v[of] for k, v in found.items()}, source, 1.0, size, aimed, occluded)
 
 
+@pytest.mark.parametrize("size", [0.4, 0.6])
 @pytest.mark.parametrize("kind", range(4), ids=augment.TEXTURES)
-def test_an_occluder_is_one_rectangle_and_the_mask_keeps_its_classes(scene, kind):
+def test_an_occluder_is_one_rectangle_and_the_mask_keeps_its_classes(scene, kind, size):
     images, masks = scene
-    found = draws("occlude", None, x=0.3, y=0.7, texture=(kind + 0.5) / 4, red=0.123)
-    out, out_masks = occlude_all(images, masks, found)
+    largest = {"width": 0.999, "height": 0.999}
+    found = draws("occlude", None, x=0.3, y=0.7, texture=(kind + 0.5) / 4, red=0.123, **largest)
+    out, out_masks = occlude_all(images, masks, found, size=size)
     changed = (out != images).any(dim=1)
     assert (out_masks == masks).all() and out.min() >= 0 and out.max() <= 1
     for image in changed:
         ys, xs = image.nonzero(as_tuple=True)
         height, width = ys.max() - ys.min() + 1, xs.max() - xs.min() + 1
         assert image.any() and image.sum() >= 0.9 * height * width
-        assert 0.1 * H <= height <= 0.4 * H + 1 and 0.1 * W <= width <= 0.4 * W + 1
+        assert (height, width) == (pytest.approx(size * H, abs=1), pytest.approx(size * W, abs=1))
 
 
 def test_aimed_occluders_lie_on_the_instance(scene):

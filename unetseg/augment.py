@@ -109,11 +109,19 @@ def recolour(images: Tensor, draws: dict) -> Tensor:
 
 @augmentation("apply aim instance x y width height texture red green blue donor roll_x roll_y")
 def occlude(
-    images: Tensor, masks: Tensor, draws: dict, source: Source, occlusion: float, aimed: float, occluded: str
+    images: Tensor,
+    masks: Tensor,
+    draws: dict,
+    source: Source,
+    occlusion: float,
+    occluder_size: float,
+    aimed: float,
+    occluded: str,
 ) -> tuple[Tensor, Tensor]:
     """Cover one rectangle of some images with a flat colour, brushed metal, noise, or a patch of another image.
 
     occlusion, aimed  shares in [0, 1]: of images with an occluder, and of occluders placed on an instance
+    occluder_size     longest side of the others, as a share of the image's; the shortest is a tenth
     occluded          "keep": covered pixels keep their class, which the network must infer; "void": they leave the loss
     After Zhong et al., "Random Erasing", AAAI 2020, and Fong & Vedaldi, "Occlusions for Effective Data Augmentation",
     ICCVW 2019; aiming at instances is ours.
@@ -123,7 +131,9 @@ def occlude(
     height, width = images.shape[-2:]
     ys = torch.arange(height, device=images.device)[None, :, None]  # (1, H, 1)
     xs = torch.arange(width, device=images.device)[None, None, :]  # (1, 1, W)
-    x0, y0, x1, y1 = (side[:, None, None] for side in _rectangles(draws, source, aimed, height, width))
+    x0, y0, x1, y1 = (
+        side[:, None, None] for side in _rectangles(draws, source, occluder_size, aimed, images.shape[-2:])
+    )
     covered = (xs >= x0) & (xs < x1) & (ys >= y0) & (ys < y1)  # (N, H, W)
     covered &= (draws["apply"] < occlusion)[:, None, None]
     texture = _texture(draws, source.donor_images(draws["donor"]), ys, xs)
@@ -131,15 +141,15 @@ def occlude(
     return images, masks.masked_fill(covered, IGNORE_INDEX) if occluded == "void" else masks.clone()
 
 
-def _rectangles(draws: dict, source: Source, aimed: float, height: int, width: int) -> Tensor:
-    """(4, N) x0, y0, x1, y1: a tenth to four tenths of the image's sides, or 0.4 to 1 times those of an instance."""
+def _rectangles(draws: dict, source: Source, largest: float, aimed: float, shape: tuple[int, int]) -> Tensor:
+    """(4, N) x0, y0, x1, y1: 0.1 to `largest` times the image's sides, or 0.4 to 1 times those of an instance."""
     box = _instance(draws, source)
     on_instance = (draws["aim"] < aimed) & (source.num_boxes > 0)
     corners = []
-    for axis, (shift, extent, side) in enumerate((("x", "width", width), ("y", "height", height))):
+    for axis, (shift, extent, side) in enumerate((("x", "width", shape[1]), ("y", "height", shape[0]))):
         low = torch.where(on_instance, box[:, axis], 0.0)
         span = torch.where(on_instance, box[:, axis + 2] - box[:, axis], float(side))
-        share = torch.where(on_instance, between(draws[extent], 0.4, 1.0), between(draws[extent], 0.1, 0.4))
+        share = torch.where(on_instance, between(draws[extent], 0.4, 1.0), between(draws[extent], 0.1, largest))
         start = low + draws[shift] * span * (1 - share)
         corners += [start, start + share * span]
     x0, x1, y0, y1 = corners
