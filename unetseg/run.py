@@ -1,7 +1,6 @@
 """One run: settings -> data, model, loss and augmentation, trained, in a run folder whose config.json stays true."""
 
 import contextlib
-import copy
 import ctypes
 import os
 import signal
@@ -63,7 +62,6 @@ def train(
         if distributed.rank() == 0:
             tqdm.write(f"{run.name} on {device_name(device)}: {config['settings']['precision']}", sys.stderr)
         model = initial_model(settings, config).to(device)
-        check_smallest_batch(settings, model, train_set)
         half_epochs = round(settings.half_size * config["cycles"][0])
         train_batches = Batches(train_set, settings.batch_size, device, settings, half_epochs)
         val_batches = Batches(val_set, settings.batch_size, device)
@@ -166,18 +164,6 @@ def initial_model(settings: Settings, config: dict) -> nn.Module:
     if progress := checkpoint.unfinished(about):
         warnings.warn(f"{settings.init} has {progress}; its present weights are used", stacklevel=2)
     return model
-
-
-def check_smallest_batch(settings: Settings, model: nn.Module, train_set: SegmentationSet) -> None:
-    """Raise SettingsError when batch normalisation would get a single value per channel in some batch."""
-    last = len(train_set) % settings.batch_size or settings.batch_size
-    smallest, shrink = max(1, last // distributed.world()), 2 if settings.half_size else 1
-    width, height = (side // shrink for side in train_set.size)
-    try:
-        copy.deepcopy(model).to("meta").train()(torch.empty(smallest, 3, height, width, device="meta"))
-    except ValueError as error:
-        advice = "use another batch size or a smaller depth"
-        raise SettingsError(f"batch_size: {smallest} image(s) of {width}x{height}: {error}; {advice}") from None
 
 
 def loss_function(settings: Settings, train_set: SegmentationSet, device: torch.device) -> Callable:

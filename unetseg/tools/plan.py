@@ -152,6 +152,8 @@ def do(plan: dict, job: Job, data: Path, out: Path, results: Path, max_minutes: 
     facts |= {key: {name: row[key] for name, row in classes.items()} for key in ("precision", "recall")}
     facts |= {key: value["mean"] for key, value in details.items() if key.startswith("boundary_")}
     facts |= {key: details[key] for key in ("iou_by_size", "calibration_error")}
+    if job.fold is not None and (data / "stats_val.json").is_file():  # reported beside, and never chosen on
+        facts["val"] = headline(evaluate_run(run, data, "val"))
     facts["lost_under_occluders"] = unseen_occluders(run, data, found["split"])
     facts["flipped"] = flipped_scores(run, load_split(data, found["split"]))
     confusions = read_confusions(run, found["split"])[1].astype(np.uint32)
@@ -236,8 +238,11 @@ def people(done: dict) -> list[str]:
 def statistics(by_seed: dict[int, list]) -> dict:
     """Mean over the seeds, and sample standard deviation where there are several, of every number in the facts, each
     of which is a mean over the folds first."""
-    flat = [{k: [flatten(facts)[k] for facts, _ in folds] for k in flatten(folds[0][0])} for folds in by_seed.values()]
-    table = {key: [mean(seed[key]) for seed in flat] for key in flat[0]}
+    table: dict[str, list] = {}
+    for folds in by_seed.values():
+        numbers = [flatten(facts) for facts, _ in folds]
+        for key in numbers[0]:
+            table.setdefault(key, []).append(mean([one.get(key) for one in numbers]))
     known = {key: [value for value in values if value is not None] for key, values in table.items()}
     found = {"mean": {key: float(np.mean(values)) for key, values in known.items() if values}}
     return found | {"std": {key: float(np.std(values, ddof=1)) for key, values in known.items() if len(values) > 1}}
@@ -246,8 +251,8 @@ def statistics(by_seed: dict[int, list]) -> dict:
 def flatten(facts: dict) -> dict[str, float | None]:
     """The numbers of a run under one name each, such as "iou_by_size person small"."""
     numbers = {}
-    for group in ("scores", "flipped", "precision", "recall", "iou_by_size", "lost_under_occluders"):
-        for name, value in facts[group].items():
+    for group in ("scores", "flipped", "val", "precision", "recall", "iou_by_size", "lost_under_occluders"):
+        for name, value in facts.get(group, {}).items():
             more = value if isinstance(value, dict) else {"": value}
             numbers |= {f"{group} {name} {key}".strip(): number for key, number in more.items()}
     single = [key for key in facts if key.startswith("boundary_")] + ["calibration_error", "train_seconds"]
