@@ -82,6 +82,8 @@ RAW = {
     "1 bit": ("found one channel", [("image", png(ids(*LABELS) > 9)), ("image", png(ids(*LABELS)))]),
     "16 bits": ("found mode 16-bit", [("image", sixteen_bit(*IMAGE)), ("labels", sixteen_bit(*LABELS))]),
     "alpha": ("found mode", [("image", png(noise(*LABELS, 4))), ("labels", png(noise(*LABELS, 2)))]),
+    "colours": ("single-channel ids .*found mode RGB", [("labels", png(noise(*IMAGE)))]),
+    "transparency": ("RGB with transparency", [("image", png(np.zeros(IMAGE, np.uint8), transparency=(0, 0, 0)))]),
     "JPEG": (
         "found JPEG|found mode CMYK|complete PNG",
         [("image", jpeg("CMYK")), ("image", jpeg("RGB")[:-300]), ("labels", jpeg("L"))],
@@ -140,7 +142,7 @@ def test_each_kind_of_bad_picture_is_named_and_the_rest_is_done(pairs, tmp_path,
     for stem, path, message in cases:
         assert str(path) in left_out[stem] or message == "the image's size", stem
         assert re.search(message, left_out[stem]), (stem, left_out[stem])
-    assert len(left_out) == len(cases) == 26
+    assert len(left_out) == len(cases) == 28
     assert "Traceback" not in capsys.readouterr().err
     assert len(list((tmp_path / "out").rglob("*.npy"))) == 2
 
@@ -159,6 +161,8 @@ def test_what_is_no_regular_file_and_what_has_no_partner_is_named(pairs, tmp_pat
     (pairs.root / "leftImg8bit" / "train" / "up").symlink_to("..")  # a folder that leads in circles
     cases["orphan"] = pairs.add("orphan")["labels"]
     pairs.add("orphan")["image"].unlink()
+    cases["alone"] = pairs.add("alone")["image"]
+    pairs.add("alone")["labels"].rename(pairs.root / "gtFine" / "train" / "city" / "alone_gtFine_labelTrainIds.png")
     for city in ("a", "b"):
         cases["double"] = pairs.add("double", city=city)["image"]
     assert pairs.run(tmp_path / "out") == 1
@@ -168,18 +172,8 @@ def test_what_is_no_regular_file_and_what_has_no_partner_is_named(pairs, tmp_pat
         assert str(path) in left_out[stem], left_out[stem]
 
 
-NAMES = [
-    "new\nline",
-    "tab\tand\rreturn",
-    "\udcff\udcfe",
-    "a\udc80b",
-    "..",
-    "...",
-    "-rf",
-    "$(touch owned)",
-    "`touch owned`",
-]
-NAMES += ["; touch owned", "%s%n", "{0}", "'\"", "\x1b[2J", "né😀", "con", "x" * 200]
+NAMES = ["new\nline", "tab\tand\rreturn", "\udcff\udcfe", "a\udc80b", "..", "...", "-rf", "$(touch owned)"]
+NAMES += ["`touch owned`", "; touch owned", "%s%n", "{0}", "'\"", "\x1b[2J", "né😀", "con", "x" * 200]
 
 
 def test_any_name_is_handled_and_writes_nowhere_else(pairs, tmp_path):

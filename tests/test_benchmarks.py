@@ -38,21 +38,11 @@ def test_the_texts_show_the_committed_speeds(name):
 
 
 def test_the_checks_for_a_gpu_run_on_a_cpu_as_far_as_they_can(tmp_path):
-    command = [
-        sys.executable,
-        "benchmarks/gpu.py",
-        "--out",
-        tmp_path / "gpu.json",
-        "--home",
-        tmp_path,
-        "--seconds",
-        "0",
-    ]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "benchmarks/gpu.py", "--out", str(tmp_path / "gpu.json"), "--home", str(tmp_path)]
+    done = subprocess.run([*command, "--seconds", "0"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = read_json(tmp_path / "gpu.json")
     assert found["deterministic_resume"]["equal"] and found["skipped_steps"]["skipped_steps"][0] >= 2
-    assert (
-        found["card"]["precision_rule"] in ("fp32", "bf16", "fp16") and found["images_per_second"]["quick"]["fp32"] > 0
-    )
+    assert found["card"]["precision_rule"] in ("fp32", "bf16", "fp16")
+    assert found["images_per_second"]["quick"]["fp32"] > 0
     assert len((ROOT / "benchmarks" / "gpu.py").read_text().splitlines()) < 150

@@ -22,12 +22,7 @@ SMALLER = {  # what makes the printed lines quick
     "channels = 16\ndepth = 4": "channels = 4\ndepth = 2\nepochs = 1",
     "epochs = 15": "epochs = 1",
 }
-READ = [
-    ROOT / "README.md",
-    *sorted(ROOT.glob("docs/*.md")),
-    ROOT / "kaggle" / "README.md",
-    ROOT / "weights" / "README.md",
-]
+READ = [*sorted(ROOT.glob("docs/*.md")), *(ROOT / folder / "README.md" for folder in (".", "kaggle", "weights"))]
 
 
 def tiny(line):

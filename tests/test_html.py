@@ -35,13 +35,8 @@ def test_there_is_a_page_for_each_notebook_that_loads_nothing(pages):
 def test_a_browser_shows_it(pages, name, tmp_path):
     browser = find_browser()
     # a browser that cannot reach anything: whatever the page still asked for would be missing
-    quiet = [
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--proxy-server=127.0.0.1:9",
-        f"--user-data-dir={tmp_path}",
-    ]
+    quiet = ["--headless=new", "--no-sandbox", "--disable-gpu", "--proxy-server=127.0.0.1:9"]
+    quiet += [f"--user-data-dir={tmp_path}"]
     picture, page = tmp_path / "page.png", (pages / f"{name}.html").as_uri()
     shot = [browser, *quiet, "--window-size=1200,9000", "--hide-scrollbars", f"--screenshot={picture}", page]
     subprocess.run(shot, check=True, capture_output=True, timeout=120)

@@ -140,13 +140,8 @@ def attach(folder, epochs, **spoiled):
     """A run folder of ours with so many epochs of 9."""
     folder.mkdir(parents=True)
     config = {"format": checkpoint.FORMAT, "settings": {"stage": "scratch"}, "cycles": [9], "init_sha256": None}
-    config |= {
-        "class_set": "c",
-        "classes": [],
-        "width": 8,
-        "height": 8,
-        "data": {name: {"sha256": ""} for name in ("train", "val")},
-    }
+    data = {name: {"sha256": ""} for name in ("train", "val")}
+    config |= {"class_set": "c", "classes": [], "width": 8, "height": 8, "data": data}
     write_json(folder / "config.json", config | spoiled)
     (folder / "state.pt").write_text(str(epochs))
     checkpoint.write_history(folder, [{"epoch": n + 1} for n in range(epochs)])

@@ -277,17 +277,10 @@ def test_a_first_class_file_is_written_from_the_masks_and_works(kind, scenes, tm
         picture.putpalette(COLOURS.ravel().tolist())
         return picture
 
-    labels = {
-        "ids": lambda ids: ids,
-        "binary": lambda ids: np.uint8(255) * (ids == 7),
-        "colours": lambda i: COLOURS[i] + 1,
-    }
-    write(
-        scenes,
-        at(tmp_path, "images/{split}{n}.png"),
-        at(tmp_path, "masks/{split}{n}_mask.png"),
-        labels.get(kind, palette),
-    )
+    labels = {"ids": lambda ids: ids, "binary": lambda ids: np.uint8(255) * (ids == 7)}
+    labels |= {"colours": lambda ids: COLOURS[ids] + 1, "palette": palette}
+    paths = (at(tmp_path, f"{where}.png") for where in ("images/{split}{n}", "masks/{split}{n}_mask"))
+    write(scenes, *paths, labels[kind])
     assert command("classes", tmp_path) == 0
     found = tomllib.loads((tmp_path / "classes.toml").read_text())["classes"]
     assert (len(found) == 2) == (kind == "binary")

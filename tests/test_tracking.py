@@ -218,10 +218,11 @@ def test_what_the_user_says_is_obeyed(nobody, train, monkeypatch, tmp_path):
             monkeypatch.setenv(key, value)
         about = wandb_file.last(files(train(name, **project)[0])[0], "run")
         names[name] = about.project, about.display_name, about.run_group, about.job_type
+    theirs = "my name", "my group", "scratch"
     assert names == {
         "a": ("of the file", "a-seed0", "home", "scratch"),
-        "b": ("theirs", "my name", "my group", "scratch"),
-        "c": ("asked", "my name", "my group", "scratch"),
+        "b": ("theirs", *theirs),
+        "c": ("asked", *theirs),
     }
 
 

@@ -45,15 +45,8 @@ class Stopping(Stopper):
 
 def learn(sets, folder, epochs=4, loss_fn=cross_entropy, log=lambda row: None, stopper=None, batch_size=2, **changes):
     """Train a tiny network on three batches an epoch; returns the state and the history."""
-    chosen = {
-        "model": "unet",
-        "channels": 4,
-        "depth": 2,
-        "epochs": epochs,
-        "precision": "fp32",
-        "occlusion": 0.0,
-    } | changes
-    settings = run.resolve(Settings(out=str(folder), batch_size=batch_size, **chosen))
+    tiny = {"model": "unet", "channels": 4, "depth": 2, "precision": "fp32", "occlusion": 0.0}
+    settings = run.resolve(Settings(out=str(folder), batch_size=batch_size, epochs=epochs, **tiny | changes))
     splits = {name: {"sha256": s.split.sha256} for name, s in zip(("train", "val"), sets)}
     config = {"settings": asdict(settings), "cycles": [epochs], "data": splits}
     config |= {"init_sha256": None, "format": checkpoint.FORMAT}
