@@ -95,7 +95,6 @@ def test_the_same_command_again_changes_nothing(home, processed):
     (["scratch", "--max-minutes", "nan"], "max_minutes: expected a number"),
     (["weighted_ce"], "name the run or weights it starts from"),
     (["scratch", "--aim-at", "dragon"], "found dragon"),
-    (["scratch", "--depth", "6", "--channels", "2", "--batch-size", "5"], "batch_size: 1 image(s) of 32x16: Expected"),
 ])  # fmt: skip
 def test_wrong_settings_say_what_was_expected(options, message, made, processed, tmp_path, capsys):
     stage, *rest = [str(made / "scratch") if option == "SCRATCH" else option for option in options]
