@@ -34,14 +34,10 @@ RESULTS = ROOT / "report" / "results"
 PICTURES = ("samples.jpg", "predictions.jpg")
 FIRST = ("published", "scratch", "control", "weighted_ce_occlusion", "ce_dice_occlusion", "weighted_ce_dice_occlusion")
 SHOWN = 0  # number of the val scene that is shown
-DETAILS = {  # further columns, and the names of their means
-    "boundary IoU, 3 px": "boundary_iou_3px",
-    "boundary F, 3 px": "boundary_f_3px",
-    "small people": "iou_by_size person small",
-    "large people": "iou_by_size person large",
-    "calibration error": "calibration_error",
-    "mIoU on val": "val mIoU",
-}
+# further columns, and the names of their means
+DETAILS = {"boundary IoU, 3 px": "boundary_iou_3px", "boundary F, 3 px": "boundary_f_3px"}
+DETAILS |= {"small people": "iou_by_size person small", "large people": "iou_by_size person large"}
+DETAILS |= {"calibration error": "calibration_error", "mIoU on val": "val mIoU"}
 PAIR = ("recall", "precision")
 STREET = ((512, 256), (0, 0, 3))  # size and seed of the scene that shows the occluders
 
@@ -156,11 +152,8 @@ def plan_contents(plan: dict) -> dict:
     best = [row for row in done if row["title"] in TITLES.values()]
     stages = " ".join(sentence(row, plan["rows"]) for row in best if row["control"] in plan["rows"])
     facts = {"name": plan["name"], "columns": PLAN_COLUMNS, "rows": plan_cells(plan), "note": plan_note(plan)}
-    facts |= {
-        "folds": len(plan["folds"]),
-        "single": any(len(row["seeds"]) < 2 for row in done),
-        "findings": findings(done),
-    }
+    facts |= {"folds": len(plan["folds"]), "single": any(len(row["seeds"]) < 2 for row in done)}
+    facts["findings"] = findings(done)
     facts["details"] = {"columns": list(DETAILS), "rows": mean_cells(plan, DETAILS.values())}
     facts["discussion"] = discussion(plan["rows"])
     facts["occluded"] = any(key.startswith("lost_under") for row in done for key in row["mean"])
@@ -312,14 +305,8 @@ def plan_table(summary: dict) -> str:
 
 
 # of each text: the marker, the plan, and what stands there
-TEXTS = {
-    "README.md": [("results", "camvid7", stage_table)],
-    "docs/results.md": [
-        ("camvid7", "camvid7", plan_table),
-        ("classes", "camvid7", class_table),
-        ("drawn", "drawn", plan_table),
-    ],
-}
+TEXTS = {"README.md": [("results", "camvid7", stage_table)], "docs/results.md": [("camvid7", "camvid7", plan_table)]}
+TEXTS["docs/results.md"] += [("classes", "camvid7", class_table), ("drawn", "drawn", plan_table)]
 
 
 def tables(plans: dict[str, dict]) -> dict[str, dict[str, str]]:

@@ -8,7 +8,7 @@ from collections import Counter
 
 import numpy as np
 
-from ..classes import CLASS_SETS, ClassSet
+from ..classes import CLASS_SETS, IGNORE_INDEX, ClassSet
 from ..files import UserError
 from ..images import cv2
 from .layouts import Layout
@@ -78,14 +78,8 @@ def judge_ids(split: str, layout: Layout, class_set: ClassSet, ids: dict[int, in
         if fits[own] < 0.5 and fits[best] > fits[own] + 0.2:
             found = ", ".join(f"{group} {share:.1%}" for group, share in zip(GROUPS[:5], shares[own]))
             raise UserError(f"{split}: expected {own}, found what looks like {best}: as {own} it would have {found}")
-    per_class = {name: 0 for name in class_set.names}
-    void = 0
-    for id_, pixels in ids.items():
-        place = class_set.lookup[id_]
-        if place < len(class_set):
-            per_class[class_set.names[place]] += pixels
-        else:
-            void += pixels
+    pixels = np.bincount(class_set.lookup[[*ids]], weights=[*ids.values()], minlength=IGNORE_INDEX + 1)
+    per_class, void = dict(zip(class_set.names, pixels)), pixels[IGNORE_INDEX]
     if absent := [name for name, pixels in per_class.items() if not pixels]:
         said.append(f"no pixel of {', '.join(absent)}")
     if void > total / 2:
