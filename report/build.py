@@ -111,7 +111,8 @@ def draw_occluders(path: Path) -> None:
     donors = draw_scene(STREET[0], (1, 0, 0))[0]
     donors = torch.from_numpy(donors).permute(2, 0, 1)[None].expand(4, -1, -1, -1) / 255
     source = Source(torch.zeros(4, 1, 4), torch.zeros(4, dtype=torch.long), lambda draw: donors)
-    shown, _ = occlude(images, labels.long(), draws, source, 1.0, 0.4, 0.0, "keep")
+    knobs = {"occlusion": 1.0, "aimed": 0.0, "occluder_size": 0.4, "occluded": "keep"}
+    shown, _ = occlude(images, labels.long(), draws, source, **knobs)
     pictures = (shown * 255).byte().permute(0, 2, 3, 1).numpy()
     gap = np.full((pictures.shape[1], 12, 3), 255, np.uint8)
     row = [part for picture in pictures for part in (picture, gap)][:-1]

@@ -81,7 +81,7 @@ BOX = [4.0, 6.0, 12.0, 18.0]
 def occlude_all(images, masks, found, aimed=0.0, occluded="keep", of=slice(None), size=0.4):
     boxes, donors = torch.tensor([[BOX]]).expand(N, 1, 4), images.flip(0)
     source = Source(boxes[of], torch.ones(N, dtype=torch.long)[of], lambda draw: donors[of])
-    return occlude(images[of], masks[of], {k: v[of] for k, v in found.items()}, source, 1.0, size, aimed, occluded)
+    return occlude(images[of], masks[of], {k: v[of] for k, v in found.items()}, source, 1.0, aimed, size, occluded)
 
 
 @pytest.mark.parametrize("size", [0.4, 0.6])

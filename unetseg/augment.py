@@ -114,8 +114,8 @@ def occlude(
     draws: dict,
     source: Source,
     occlusion: float,
-    occluder_size: float,
     aimed: float,
+    occluder_size: float,
     occluded: str,
 ) -> tuple[Tensor, Tensor]:
     """Cover one rectangle of some images with a flat colour, brushed metal, noise, or a patch of another image.
@@ -131,9 +131,7 @@ def occlude(
     height, width = images.shape[-2:]
     ys = torch.arange(height, device=images.device)[None, :, None]  # (1, H, 1)
     xs = torch.arange(width, device=images.device)[None, None, :]  # (1, 1, W)
-    x0, y0, x1, y1 = (
-        side[:, None, None] for side in _rectangles(draws, source, occluder_size, aimed, images.shape[-2:])
-    )
+    x0, y0, x1, y1 = _rectangles(draws, source, aimed, occluder_size, images.shape[-2:])[..., None, None]
     covered = (xs >= x0) & (xs < x1) & (ys >= y0) & (ys < y1)  # (N, H, W)
     covered &= (draws["apply"] < occlusion)[:, None, None]
     texture = _texture(draws, source.donor_images(draws["donor"]), ys, xs)
@@ -141,7 +139,7 @@ def occlude(
     return images, masks.masked_fill(covered, IGNORE_INDEX) if occluded == "void" else masks.clone()
 
 
-def _rectangles(draws: dict, source: Source, largest: float, aimed: float, shape: tuple[int, int]) -> Tensor:
+def _rectangles(draws: dict, source: Source, aimed: float, largest: float, shape: tuple[int, int]) -> Tensor:
     """(4, N) x0, y0, x1, y1: 0.1 to `largest` times the image's sides, or 0.4 to 1 times those of an instance."""
     box = _instance(draws, source)
     on_instance = (draws["aim"] < aimed) & (source.num_boxes > 0)

@@ -13,14 +13,14 @@ from typing import get_args, get_origin, get_type_hints
 from .files import UserError
 
 RECIPE = {"loss": "ce", "weighting": "none", "occlusion": 0.0, "half_size": 0.0, "augment": ("occlude", "basic")}
-RECIPE |= {"optimizer": "muon", "schedule": "one_cycle", "weight_decay": 0.01, "occluder_size": 0.4}
+RECIPE |= {"optimizer": "muon", "schedule": "one_cycle", "weight_decay": 0.01}
 TUNING = RECIPE | {"epochs": 30, "lr": 1e-3, "occlusion": 0.5}
 PUBLISHED = RECIPE | {"epochs": 100, "lr": 1e-4, "schedule": "constant", "weight_decay": 0.0, "augment": ()}
 PUBLISHED |= {"model": "unet", "channels": 64, "depth": 3, "optimizer": "adamw"}
 PRESETS = {  # a stage is a loss x an augmentation x a starting point; the two fine-tunings need `init`
     "scratch": RECIPE | {"epochs": 100, "lr": 3e-3, "half_size": 0.75},
     "weighted_ce": TUNING | {"weighting": "sqrt"},
-    "ce_dice": TUNING | {"loss": "ce_dice", "occluder_size": 0.6},
+    "ce_dice": TUNING | {"loss": "ce_dice"},
     "published": PUBLISHED,  # the recipe of the earlier published version
 }
 TITLES = {"scratch": "from scratch, CE", "weighted_ce": "weighted CE + occlusion", "ce_dice": "CE + Dice + occlusion"}
@@ -67,10 +67,8 @@ class Settings:
     augment: tuple[str, ...] | None = knob(None, "augmentations, in order", choices="augment.AUGMENTATIONS")
     centred: float = knob(0.5, "share of images with an instance near their middle", low=0, high=1)
     occlusion: float | None = knob(None, "share of images with an occluder", low=0, high=1)
-    occluder_size: float | None = knob(
-        None, "longest side of one elsewhere, as a share of the image's", low=0.1, high=1
-    )
     aimed: float = knob(0.5, "share of occluders placed on an instance", low=0, high=1)
+    occluder_size: float = knob(0.6, "longest side of the others, as a share of the image's", low=0.1, high=1)
     aim_at: tuple[str, ...] | None = knob(None, "classes of all those instances (default: people)")
     occluded: str = knob("keep", "covered pixels keep their class, or become void", choices=("keep", "void"))
     precision: str = knob("auto", "auto: by rule for the device", choices=("auto", "fp32", "fp16", "bf16"))
