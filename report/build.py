@@ -50,34 +50,25 @@ def collect(home: Path, remarks: list[str] = ()) -> dict:
     runs = {}
     for stage, title in TITLES.items():
         results, config = read_results(home / stage), read_config(home / stage)
-        runs[stage] = {
-            "title": title,
-            "scores": headline(results),
-            "minutes": results["train_seconds"] / 60,
-            "results": {key: value for key, value in results.items() if key != "images"},
-            "settings": {key: value for key, value in config["settings"].items() if key not in FREE}
-            | {"epochs": config["cycles"][-1]},
-            "history": read_history(home / stage),
-        }
+        settings = {key: value for key, value in config["settings"].items() if key not in FREE}
+        settings["epochs"] = config["cycles"][-1]
+        runs[stage] = {"title": title, "scores": headline(results), "minutes": results["train_seconds"] / 60}
+        runs[stage] |= {"results": {key: value for key, value in results.items() if key != "images"}}
+        runs[stage] |= {"settings": settings, "history": read_history(home / stage)}
     first, config = runs["scratch"]["results"], read_config(home / "scratch")
     comparable([run["results"] for run in runs.values()])
     paths = sorted((home / "processed").glob("stats_*.json"))
     stats = {path.stem.removeprefix("stats_"): read_json(path) for path in paths}
     context = {key: first[key] for key in ("split", "split_note", "remarks", "num_images", "size", "parameters")}
-    context |= {
-        key: joined({"sessions": [run["results"] for run in runs.values()]}, key)
-        for key in ("device", "torch", "commit")
-    }
+    sessions = {"sessions": [run["results"] for run in runs.values()]}
+    context |= {key: joined(sessions, key) for key in ("device", "torch", "commit")}
     context["remarks"] = [*context["remarks"], *remarks]
     context |= {"void": first["trained_void"], **stored(config).facts()}
     context |= {f"{name}_images": len(config["data"][name]["images"]) for name in ("train", "val")}
     context |= {f"{name}_note": config["data"][name]["note"] for name in ("train", "val")}
     context |= {key: config["settings"][key] for key in ("channels", "depth")}
-    data = {
-        split: {key: found[key] for key in ("num_images", "pixels")}
-        for split, found in stats.items()
-        if "pixels" in found
-    }
+    kept = ("num_images", "pixels")
+    data = {split: {key: found[key] for key in kept} for split, found in stats.items() if "pixels" in found}
     collected = {"name": home.name, "context": context, "data": data, "runs": runs}
     write_json(home / "results.json", collected)
     return collected
@@ -86,17 +77,13 @@ def collect(home: Path, remarks: list[str] = ()) -> dict:
 def draw_charts(results: dict, folder: Path, number: int) -> None:
     """Write the charts of one data set: class distribution, curves, IoU by stage, confusion matrix."""
     class_set, runs = stored(results["context"]), results["runs"].values()
-    shares = {
-        split: np.array(list(data["pixels"]["full_resolution"].values())) for split, data in results["data"].items()
-    }
-    shares = {split: pixels / pixels.sum() for split, pixels in shares.items()}
+    totals = {split: [*data["pixels"]["full_resolution"].values()] for split, data in results["data"].items()}
+    shares = {split: np.array(pixels) / sum(pixels) for split, pixels in totals.items()}
     last = np.array(results["runs"]["ce_dice"]["results"]["confusion"])[:-1]
-    charts = {
-        "classes": plots.class_distribution(class_set, shares),
-        "curves": plots.training_curves({run["title"]: run["history"] for run in runs}),
-        "stages": plots.iou_by_stage({run["title"]: run["scores"] for run in runs}),
-        "confusion": plots.confusion_matrix(last, class_set.names),
-    }
+    charts = {"classes": plots.class_distribution(class_set, shares)}
+    charts["curves"] = plots.training_curves({run["title"]: run["history"] for run in runs})
+    charts["stages"] = plots.iou_by_stage({run["title"]: run["scores"] for run in runs})
+    charts["confusion"] = plots.confusion_matrix(last, class_set.names)
     for chart, figure in charts.items():
         plots.save(figure, folder / f"{number}_{chart}.svg")
 
@@ -181,12 +168,10 @@ def discussion(rows: dict) -> list[str]:
     said, share, control = [], lambda row, key: f"{mean[row][key]:.2f}".lstrip("0"), "control: more epochs of CE"
     if {"weighted CE", control} <= mean.keys() and "recall person" in mean[control]:
         recall, precision = ([share(row, f"{key} person") for row in (control, "weighted CE")] for key in PAIR)
-        said.append(
-            f"Class weights move people from missed to over-predicted: recall goes from {' to '.join(recall)}, "
-            f"precision from {' to '.join(precision)}."
-        )
-    if {"CE + occlusion", control} <= mean.keys():
-        lost = [f"{np.mean(lost_by_kind(mean[row])):.3f}".lstrip("0") for row in ("CE + occlusion", control)]
+        moved = f"recall goes from {' to '.join(recall)}, precision from {' to '.join(precision)}"
+        said.append(f"Class weights move people from missed to over-predicted: {moved}.")
+    if {"CE + small occluders", control} <= mean.keys():
+        lost = [f"{np.mean(lost_by_kind(mean[row])):.3f}".lstrip("0") for row in ("CE + small occluders", control)]
         said.append(f"Occluders alone do what they are for: visible pixels lose {' instead of '.join(lost)} mIoU.")
     return said
 
@@ -268,10 +253,8 @@ def plan_note(summary: dict) -> str:
     if not usual:
         return where
     others = "".join(f"; of {title}, to {control}" for title, control in against.items() if control != usual)
-    return (
-        f"{where} Points are differences, of the scores pooled over all frames, to {usual}{others}. In "
-        "brackets 95 % intervals over blocks of ten seconds."
-    )
+    points = f"Points are differences, of the scores pooled over all frames, to {usual}{others}."
+    return f"{where} {points} In brackets 95 % intervals over blocks of ten seconds."
 
 
 def stage_table(summary: dict) -> str:
