@@ -1,7 +1,10 @@
 """Shared ground: a tiny drawn data set, processed, and the real data where it lies."""
 
 import os
+import shutil
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "notebooks"), str(ROOT / "report"), str(RO
 os.environ["PYTHONPATH"] = str(ROOT)  # for the processes that tests start
 for name in [name for name in os.environ if name.startswith("WANDB_")]:
     del os.environ[name]
-os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_MODE"] = "disabled"
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # as many files are tested at once as there are cores
 
@@ -29,9 +32,18 @@ def command(*parts):
 
 
 def process(raw, out, *options):
-    """Preprocess with two workers; returns the exit status."""
-    parts = ["--data_dir", raw, "--output_dir", out, "--workers", 2, "--log_level", "ERROR", "--sample_size", 1]
-    return preprocess.main([str(part) for part in (*parts, *options)])
+    """Preprocess with a thread in place of worker processes, which take seconds to start; returns the exit status."""
+    parts = ["--data_dir", raw, "--output_dir", out, "--workers", 1, "--log_level", "ERROR", "--sample_size", 1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preprocess, "worker_pool", ThreadPoolExecutor)
+        return preprocess.main([str(part) for part in (*parts, *options)])
+
+
+def wait_for(path, process):
+    """Wait until the process has written a file."""
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
 
 
 def tree(folder, but=(".lock",)):
@@ -68,6 +80,20 @@ def processed(raw, tmp_path_factory):
     out = tmp_path_factory.mktemp("processed")
     assert process(raw, out, "--size", "64x32") == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def made(processed, tmp_path_factory):
+    """What a main job leaves, at a tiny size: data, and the three stages, trained for two epochs and scored."""
+    home = tmp_path_factory.mktemp("homes") / "tiny"
+    shutil.copytree(processed, home / "processed")
+    for stage in ("scratch", "weighted_ce", "ce_dice"):
+        first = stage == "scratch"
+        more = ["--channels", 4, "--depth", 2, "--batch-size", 4] if first else ["--init", home / "scratch"]
+        options = ["--data", processed, "--out", home / stage, "--epochs", 2, "--precision", "fp32"]
+        assert command("train", stage, *options, *more) == 0
+        assert command("evaluate", home / stage, "--data", processed) == 0
+    return home
 
 
 def shared(name: str) -> Path:

@@ -21,6 +21,8 @@ SMALLER = {  # what makes the printed lines quick
     "folds = [0, 1, 2, 3]": "folds = [0]",
     "channels = 16\ndepth = 4": "channels = 4\ndepth = 2\nepochs = 1",
     "epochs = 15": "epochs = 1",
+    "--train 64 --val 40 --size 1024x512": "--train 2 --val 2 --size 128x64",
+    "weights/unet-camvid7.safetensors weights/unet-drawn.safetensors --out": "weights/unet-drawn.safetensors --out",
 }
 READ = [*sorted(ROOT.glob("docs/*.md")), *(ROOT / folder / "README.md" for folder in (".", "kaggle", "weights"))]
 

@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 from monai.losses import DiceLoss
@@ -14,22 +12,9 @@ def mask(*rows):
     return torch.tensor([rows])
 
 
-@pytest.mark.parametrize("truth, weights, expected", [
-    (mask([0, 1], [1, 0]), None, math.log(2)),
-    (mask([0, V], [V, V]), None, math.log(2)),            # void is in no sum
-    (mask([V, V], [V, V]), None, 0.0),
-    (mask([V, V], [V, V]), torch.tensor([1.0, 3.0]), 0.0),
-    (mask([0, 1], [1, 1]), torch.tensor([1.0, 3.0]), math.log(2)),
-])  # fmt: skip
-def test_cross_entropy_by_hand(truth, weights, expected):
-    assert cross_entropy(HALF, truth, weights).item() == pytest.approx(expected)
-
-
-def test_weights_move_the_mean_towards_their_class():
-    logits = torch.tensor([[[[2.0, 0.0]], [[0.0, 0.0]]]])  # p0 = .881 at the first pixel, 1/2 at the second
-    truth, first, second = mask([0, 1]), math.log(1 + math.exp(-2)), math.log(2)
-    loss = cross_entropy(logits, truth, torch.tensor([1.0, 3.0])).item()
-    assert loss == pytest.approx((1 * first + 3 * second) / 4)
+@pytest.mark.parametrize("weights", [None, torch.tensor([1.0, 3.0])])
+def test_cross_entropy_of_void_alone_is_zero(weights):
+    assert cross_entropy(HALF, mask([V, V], [V, V]), weights).item() == 0
 
 
 @pytest.mark.parametrize("truth, expected", [

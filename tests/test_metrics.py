@@ -62,14 +62,3 @@ def test_precision_recall_f1():
     assert (a["precision"], a["recall"]) == pytest.approx((6 / 7, 6 / 8))
     assert a["f1"] == pytest.approx(2 * (6 / 7) * (6 / 8) / (6 / 7 + 6 / 8))
     assert scores(confusion, AB, "ignore")["accuracy"] == 9 / 12
-
-
-def test_each_image_has_a_matrix_of_its_own():
-    generator = torch.Generator().manual_seed(1)
-    pred, mask = (torch.randint(0, 3, (7, 9, 9), generator=generator) for _ in range(2))
-    mask[2, :3] = 255
-    each = confusion_matrices(pred, mask, 3)
-    assert each.shape == (7, 4, 3) and each.dtype == torch.int64 and each[2, 3].sum() == 27
-    for image, one in enumerate(each):
-        assert (one == confusion_matrix(pred[image], mask[image], 3)).all()
-    assert (each.sum(dim=0) == confusion_matrix(pred, mask, 3)).all()

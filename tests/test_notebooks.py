@@ -4,14 +4,13 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import execute
 import nbformat
 import pytest
 import run_all
-from conftest import ROOT
+from conftest import ROOT, wait_for
 
 from unetseg import plots
 from unetseg.settings import KNOBS
@@ -60,6 +59,7 @@ def test_the_first_cell_is_the_same_in_all_three():
 
 def test_the_main_job_from_raw_scenes_to_the_report(raw, tmp_path, monkeypatch, capfd):
     """What `make run DATA=... QUICK=1` does, at a tiny size: preprocessing, the three notebooks, report, summary."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(layouts.DataSet, "quick_size", lambda self: (64, 32))
     monkeypatch.setattr(kaggle, "QUICK_CHANNELS", 4)
     monkeypatch.setattr(kaggle, "QUICK_IMAGES", dict.fromkeys(execute.NOTEBOOKS, 1))
@@ -153,9 +153,7 @@ except KeyboardInterrupt:
     sys.exit(130)
 """)
     process = subprocess.Popen([sys.executable, script], stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "scratch" / "history.csv").exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.1)
+    wait_for(tmp_path / "scratch" / "history.csv", process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in err, err

@@ -5,14 +5,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import ROOT, command
+from conftest import ROOT, command, wait_for
 
 from unetseg import checkpoint, distributed, run
 from unetseg.data import Batches, load_split
@@ -62,7 +61,7 @@ def torchrun(number, *arguments, **more):
     environment = os.environ | {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"} | more
     parts = [str(part) for part in (*(several if number > 1 else [sys.executable]), *arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(parts, env=environment, cwd=ROOT, **pipes)
+    return subprocess.Popen(parts, env=environment, cwd=ROOT, start_new_session=True, **pipes)
 
 
 def finish(process):
@@ -77,12 +76,6 @@ def history(folder):
 
 def confusion(folder):
     return checkpoint.load_state(folder, checkpoint.read_config(folder))["confusion"]
-
-
-def wait_for(path, process):
-    while not path.exists():
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -195,31 +188,29 @@ def test_a_failure_of_the_processes_is_told(processed, tmp_path, monkeypatch):
         run.train(settings, log=print)
 
 
-@pytest.mark.parametrize("send", [os.killpg, os.kill])
-def test_one_interrupt_is_passed_on_and_the_run_is_saved(processed, tmp_path, send):
-    """As a terminal sends it, to all that is in the foreground, and as `kill -INT` does, to the command alone."""
-    out = tmp_path / "run"
-    parts = [sys.executable, "-m", "unetseg", "train", "scratch", "--num-processes=2", f"--data={processed}", *TINY]
-    environment = os.environ | {"WANDB_MODE": "disabled"}
-    process = subprocess.Popen(
-        [*parts, "--epochs=5000", f"--out={out}"], env=environment, start_new_session=True, stderr=subprocess.PIPE
-    )
+def launch(processed, out):
+    """Start the command that starts two processes itself, and wait for its first epoch."""
+    options = ["--num-processes=2", f"--data={processed}", *TINY, "--epochs=5000", f"--out={out}"]
+    process = torchrun(1, "-m", "unetseg", "train", "scratch", *options)
     wait_for(out / checkpoint.HISTORY, process)
-    send(process.pid, signal.SIGINT)
+    return process
+
+
+def test_one_interrupt_is_passed_on_and_the_run_is_saved(processed, tmp_path):
+    """As a terminal sends it, to all that is in the foreground; the two are in a session of their own."""
+    out = tmp_path / "run"
+    process = launch(processed, out)
+    os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and b"run the same command again" in err
-    assert b"SIGINT, stopped in epoch" in err
+    assert process.returncode == 130 and "run the same command again" in err
+    assert "SIGINT, stopped in epoch" in err
     state = checkpoint.load_state(out, checkpoint.read_config(out))
     assert len(state["history"]) == len(checkpoint.read_history(out)) > 0
 
 
 def test_processes_end_with_the_one_that_launched_them(processed, tmp_path):
     """Killed, as a notebook's kernel may be, it can tell nobody."""
-    out = tmp_path / "run"
-    parts = [sys.executable, "-m", "unetseg", "train", "scratch", "--num-processes=2", f"--data={processed}", *TINY]
-    environment = os.environ | {"WANDB_MODE": "disabled"}
-    process = subprocess.Popen([*parts, "--epochs=5000", f"--out={out}"], env=environment, stderr=subprocess.DEVNULL)
-    wait_for(out / checkpoint.HISTORY, process)
+    process = launch(processed, tmp_path / "run")
     started = psutil.Process(process.pid).children(recursive=True)
     assert len(started) >= 3  # torchrun and its two
     process.kill()

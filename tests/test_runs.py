@@ -5,41 +5,27 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, command, process, same, without_timings
+from conftest import ROOT, command, process, without_timings
 from PIL import Image
 
 import unetseg
 from unetseg import checkpoint, evaluation, run
-from unetseg.data import Batches, load_split
 from unetseg.files import UserError, read_json, write_json
-from unetseg.losses import cross_entropy
 from unetseg.model import MODELS
 from unetseg.settings import PRESETS, TITLES, Settings
-from unetseg.train import Stopper, evaluate
+from unetseg.train import Stopper
 
 TINY = ["--channels", 4, "--depth", 2, "--epochs", 2, "--batch-size", 4, "--precision", "fp32"]
 
 
-@pytest.fixture(scope="module")
-def made(processed, tmp_path_factory):
-    """All three stages, trained for two epochs."""
-    home = tmp_path_factory.mktemp("home")
-    assert command("train", "scratch", "--data", processed, "--out", home / "scratch", *TINY) == 0
-    for stage in ("weighted_ce", "ce_dice"):
-        options = ["--init", home / "scratch", "--epochs", 2, "--precision", "fp32"]
-        assert command("train", stage, "--data", processed, "--out", home / stage, *options) == 0
-    return home
-
-
 @pytest.fixture
 def home(made, tmp_path):
-    """A copy of them that may be spoiled."""
+    """A copy of the three runs that may be spoiled."""
     return shutil.copytree(made, tmp_path / "home")
 
 
@@ -61,7 +47,7 @@ def edit(run_folder, **changes):
 def test_each_run_folder_is_complete_and_says_what_it_is(made):
     for stage in TITLES:
         names = {path.name for path in (made / stage).iterdir()}
-        assert names >= {"model.safetensors", "config.json", "history.csv", "state.pt", "wandb"}
+        assert names >= {"model.safetensors", "config.json", "history.csv", "state.pt"}
         about = checkpoint.read_about(made / stage)
         facts = {"stage": stage, "class_set": "cityscapes7", "void": "ignore", "channels": 4, "width": 64, "height": 32}
         assert facts.items() <= about.items()
@@ -92,9 +78,6 @@ def test_the_same_command_again_changes_nothing(home, processed):
     (["ce_dice", "--init", "nowhere"], "expected trained weights, found nothing"),
     (["scratch", "--void", "background", "--data", "nowhere"], "Run preprocessing first"),
     (["ce_dice", "--init", "SCRATCH", "--channels", "8"], "channels: expected 4 as in"),
-    (["scratch", "--max-minutes", "nan"], "max_minutes: expected a number"),
-    (["weighted_ce"], "name the run or weights it starts from"),
-    (["scratch", "--aim-at", "dragon"], "found dragon"),
 ])  # fmt: skip
 def test_wrong_settings_say_what_was_expected(options, message, made, processed, tmp_path, capsys):
     stage, *rest = [str(made / "scratch") if option == "SCRATCH" else option for option in options]
@@ -117,76 +100,15 @@ def test_a_fine_tuning_inherits_width_depth_and_void_rule(processed, tmp_path):
     assert run.resolve(Settings()).channels == 32
 
 
-def test_a_recipe_is_loss_x_augmentation_x_starting_point(made, processed, tmp_path):
-    recipes = {
-        "Dice from random weights": ["--loss", "ce_dice", "--weighting", "sqrt"],
-        "occlusion alone": ["--occlusion", "0.5", "--aim-at", "vehicle"],
-        "control": ["--init", made / "scratch", "--lr", "1e-3"],
-        "no augmentation": ["--augment"],
-    }
-    for name, options in recipes.items():
-        assert train(tmp_path, processed, *options, out=tmp_path / name) == 0
-    losses = {name: checkpoint.read_history(tmp_path / name)[0]["train_loss"] for name in recipes}
-    assert len(set(losses.values())) == len(recipes)
-
-
-def test_a_stopped_fine_tuning_ends_as_the_uninterrupted_one(made, processed, tmp_path, monkeypatch):
-    looks = []
-
-    def reason(stopper, reserve):
-        looks.append(0)
-        return "time limit reached" if len(looks) % 3 == 0 else ""
-
-    tune = ["--init", made / "scratch", "--epochs", "3", "--batch-size", "2", "--precision", "bf16", "--occlusion", "1"]
-    tune = ["train", "ce_dice", "--data", processed, *tune]
-    assert command(*tune, "--out", tmp_path / "whole") == 0
-    monkeypatch.setattr(Stopper, "reason", reason)
-    sessions = 0
-    while len(checkpoint.read_history(tmp_path / "parts")) < 3:
-        assert command(*tune, "--out", tmp_path / "parts", "--max-minutes", 10 + sessions) == 0
-        sessions += 1
-    whole, parts = (checkpoint.load_state(tmp_path / n, config(tmp_path / n)) for n in ("whole", "parts"))
-    assert sessions > 4 and same(whole["model"], parts["model"]) and same(whole["moments"], parts["moments"])
-
-
-def test_train_works_from_a_plain_script_without_a_guard(processed, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(f"""
-        from unetseg.run import train
-        from unetseg.settings import Settings
-        rows = []
-        tiny = dict(epochs=2, channels=4, depth=2, num_processes=2)
-        settings = Settings("scratch", {str(processed)!r}, {str(tmp_path / "run")!r}, **tiny)
-        history = train(settings, log=rows.append)
-        assert [row["epoch"] for row in rows] == [1.0, 2.0] and rows == history, rows
-    """))  # fmt: skip
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "run" / "wandb").exists()  # the script has its own log
-
-
-class Foreign(torch.nn.Module):
+def foreign(num_classes, channels):
     """A network that is not ours: two convolutions and a batch normalisation."""
-
-    def __init__(self, num_classes, channels):
-        super().__init__()
-        self.first, self.norm = torch.nn.Conv2d(3, channels, 3, padding=1), torch.nn.BatchNorm2d(channels)
-        self.last = torch.nn.Conv2d(channels, num_classes, 1)
-
-    def forward(self, image):
-        return self.last(self.norm(self.first(image)).relu())
+    layers = torch.nn.Conv2d(3, channels, 3, padding=1), torch.nn.BatchNorm2d(channels), torch.nn.ReLU()
+    return torch.nn.Sequential(*layers, torch.nn.Conv2d(channels, num_classes, 1))
 
 
-def smp_unet(num_classes):
-    import segmentation_models_pytorch as smp
-
-    return smp.Unet("resnet18", encoder_depth=3, decoder_channels=(16, 8, 8), encoder_weights=None, classes=num_classes)
-
-
-@pytest.mark.parametrize("make", [Foreign, smp_unet])
-def test_a_foreign_network_trains_resumes_is_scored_and_predicts(make, processed, tmp_path, monkeypatch):
+def test_a_foreign_network_trains_resumes_is_scored_and_predicts(processed, tmp_path, monkeypatch):
     """One line in model.py does it."""
-    monkeypatch.setitem(MODELS, "foreign", make)
+    monkeypatch.setitem(MODELS, "foreign", foreign)
     settings = Settings("scratch", processed, tmp_path / "run", model="foreign", channels=5, epochs=2, batch_size=4)
     with monkeypatch.context() as patch:
         patch.setattr(Stopper, "reason", lambda self, reserve: "test")
@@ -240,11 +162,6 @@ def test_an_unfinished_run_cannot_be_given_more_epochs(processed, tmp_path, monk
     assert "epochs: 2 there, 9 here" in capsys.readouterr().err
 
 
-def test_the_same_pixels_in_another_dtype_and_place_are_the_same_data(home, raw, processed, tmp_path):
-    assert process(raw, tmp_path / "uint8", "--size", "64x32", "--dtype", "uint8") == 0
-    assert train(home, tmp_path / "uint8", "--epochs", "3") == 0
-
-
 def test_other_data_or_initial_weights_are_refused(home, raw, processed, tmp_path, capsys):
     assert process(raw, tmp_path / "small", "--size", "32") == 0
     assert train(home, tmp_path / "small") == 1
@@ -279,15 +196,12 @@ def test_an_unfinished_start_and_another_void_rule_are_said(home, processed, cap
     assert 'was trained with void="ignore", this run uses "background"' in said
 
 
-@pytest.mark.parametrize("other", ["weighted_ce", "another seed"])
-def test_weights_of_another_run_are_not_scored_as_this_ones(home, processed, tmp_path, capsys, other):
-    if other == "another seed":
-        assert train(home, processed, "--seed", "1", out=home / other) == 0
-    shutil.copy(home / other / "model.safetensors", home / "scratch")
+def test_weights_of_another_run_are_not_scored_as_this_ones(home, processed, capsys):
+    shutil.copy(home / "weighted_ce" / "model.safetensors", home / "scratch")
     assert command("evaluate", home / "scratch", "--data", processed) == 1
     said = capsys.readouterr().err
     assert "model.safetensors: these weights are from another run than config.json" in said
-    assert "seed: 1 there, 0 here" in said or "stage: 'weighted_ce' there, 'scratch' here" in said
+    assert "stage: 'weighted_ce' there, 'scratch' here" in said
 
 
 def test_scores_of_weights_since_changed_are_refused(home, processed, capsys):
@@ -374,14 +288,6 @@ def test_a_spoiled_config_is_named(home, processed, capsys, text):
     assert str(home / "scratch") in said and "Traceback" not in said
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "history.csv", "config.json"])
-def test_truncated_files_are_named_or_written_again(home, processed, capsys, name):
-    path = home / "scratch" / name
-    path.write_bytes(path.read_bytes()[:30])
-    status = train(home, processed)
-    assert status == 0 or (status == 1 and name in capsys.readouterr().err)
-
-
 def test_train_and_val_processed_differently_are_refused(processed, raw, tmp_path, capsys):
     shutil.copytree(processed, tmp_path / "data")
     assert process(raw, tmp_path / "data", "--size", "32", "--splits", "train") == 0
@@ -406,16 +312,3 @@ def test_a_finished_run_on_a_read_only_place_is_used_as_it_is(home, processed, m
     assert train(home, processed) == 0
     assert command("evaluate", home / "scratch", "--data", processed) == 0
     assert "pixel" not in capsys.readouterr().err
-
-
-def test_scenes_command(tmp_path):
-    assert command("scenes", tmp_path / "s", "--train", 1, "--val", 1, "--size", "128x64") == 0
-    assert Image.open(next((tmp_path / "s").glob("gtFine/train/drawn/*_labelIds.png"))).size == (128, 64)
-
-
-def test_matrices_per_image_add_up_to_the_results(made, processed):
-    results = evaluation.evaluate_run(made / "scratch", processed, "val_all")
-    model, _ = checkpoint.load_model(made / "scratch")
-    batches = Batches(load_split(processed, "val_all"), 3, torch.device("cpu"))
-    each = evaluate(model, batches.epoch(), 7, cross_entropy).confusions
-    assert each.sum(axis=0).tolist() == results["confusion"] and len(each) == 4

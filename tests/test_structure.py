@@ -26,7 +26,7 @@ BUDGETS = {  # lines, docstrings and comments included, blank ones not
     "the script": (["preprocessing/*.py"], 20),
     "report": (["report/*.py", "report/*.typ"], 448),
     "benchmarks": (["benchmarks/*.py"], 900),
-    "tests": (["tests/*.py"], 4895),
+    "tests": (["tests/*.py"], 4500),
 }
 MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "unetseg").glob("*.py")}
 
