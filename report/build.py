@@ -24,7 +24,7 @@ from unetseg.augment import AUGMENTATIONS, Source, occlude
 from unetseg.checkpoint import read_config, read_history
 from unetseg.classes import CLASS_SETS, IGNORE_INDEX, stored
 from unetseg.evaluation import comparable, headline, joined, read_results
-from unetseg.files import atomic_open, make_folder, read_json, write_json
+from unetseg.files import make_folder, read_json, write_bytes, write_json
 from unetseg.images import read_photo, read_png
 from unetseg.inference import predict, trained_model
 from unetseg.settings import FREE, TITLES
@@ -33,7 +33,6 @@ from unetseg.tools.scenes import draw_scene
 RESULTS = ROOT / "report" / "results"
 PICTURES = ("samples.jpg", "predictions.jpg")
 FIRST = ("published", "scratch", "control", "weighted_ce_occlusion", "ce_dice_occlusion", "weighted_ce_dice_occlusion")
-SHOWN = 0  # number of the val scene that is shown
 # further columns, and the names of their means
 DETAILS = {"boundary IoU, 3 px": "boundary_iou_3px", "boundary F, 3 px": "boundary_f_3px"}
 DETAILS |= {"small people": "iou_by_size person small", "large people": "iou_by_size person large"}
@@ -276,9 +275,8 @@ def mean_cells(summary: dict, keys: Iterable[str]) -> dict[str, list[str]]:
 def class_table(summary: dict) -> str:
     """IoU of each class, for all rows of a plan that have results."""
     means = next(row["mean"] for row in summary["rows"].values() if "mean" in row)
-    keys = {key.removeprefix("scores "): key for key in means if key.startswith("scores ")} | {
-        "mIoU on val": "val mIoU"
-    }
+    keys = {key.removeprefix("scores "): key for key in means if key.startswith("scores ")}
+    keys |= {"mIoU on val": "val mIoU"}
     note = "Means over folds and seeds. On val, which is beside the folds, newer runs alone were scored."
     return markdown([*keys], mean_cells(summary, keys.values()), note)
 
@@ -307,8 +305,7 @@ def update_texts(plans: dict[str, dict]) -> None:
             begin, end = f"<!-- {marker}: written by make report -->\n", f"<!-- end of {marker} -->"
             before, rest = text.split(begin)
             text = f"{before}{begin}{table}\n{end}{rest.split(end)[1]}"
-        with atomic_open(ROOT / name) as file:
-            file.write(text.encode())
+        write_bytes(ROOT / name, text.encode())
 
 
 def adopt(home: Path) -> None:
@@ -321,7 +318,7 @@ def adopt(home: Path) -> None:
 
 def draw_street(home: Path) -> plots.Figure:
     """A drawn val scene, its truth, and what each stage makes of it, at the scene's own size."""
-    path = sorted((home / "scenes" / "leftImg8bit" / "val").rglob("*.png"))[SHOWN]
+    path = min((home / "scenes" / "leftImg8bit" / "val").rglob("*.png"))
     labels = Path(str(path).replace("leftImg8bit", "gtFine").replace("_gtFine.png", "_gtFine_labelIds.png"))
     image, class_set = read_photo(path), CLASS_SETS["cityscapes7"]
     mask = class_set.lookup[read_png(labels, "L")]

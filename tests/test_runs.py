@@ -259,10 +259,10 @@ def test_the_commit_is_that_of_this_code_whatever_git_is_told(tmp_path, monkeypa
 
 def test_a_new_setting_or_column_strands_no_older_run(home, processed, monkeypatch):
     stored = config(home / "scratch")
-    edit(home / "scratch", settings={key: value for key, value in stored["settings"].items() if key != "memory_format"})
+    edit(home / "scratch", settings={key: value for key, value in stored["settings"].items() if key != "occluder_size"})
     state = torch.load(home / "scratch" / "state.pt", weights_only=True)
     state["history"] = [{key: row[key] for key in row if key != "val_accuracy"} for row in state["history"]]
-    del state["identity"]["memory_format"]
+    del state["identity"]["occluder_size"]
     torch.save(state, home / "scratch" / "state.pt")
     assert train(home, processed, "--epochs", "3") == 0
     rows = checkpoint.read_history(home / "scratch")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .device import out_of_memory
-from .files import UserError, atomic_open, read_bytes, read_json
+from .files import UserError, read_bytes, read_json, write_bytes
 from .model import build_model
 from .settings import FREE, INHERITED, Settings, check, complete
 
@@ -41,8 +41,8 @@ def save_weights(run: Path, weights: dict, progress: dict, config: dict) -> None
     """
     about = {"format": FORMAT, **identity(config), **{key: config[key] for key in ("colours", "people", "cycles")}}
     tensors = {key: value.to("cpu").contiguous() for key, value in weights.items()}
-    with atomic_open(run / WEIGHTS, durable=True) as file:
-        file.write(safetensors.torch.save(tensors, {"unetseg": json.dumps(about | progress, sort_keys=True)}))
+    content = safetensors.torch.save(tensors, {"unetseg": json.dumps(about | progress, sort_keys=True)})
+    write_bytes(run / WEIGHTS, content, durable=True)
 
 
 def weights_path(run_or_weights: Path) -> Path:
@@ -105,8 +105,7 @@ def save_state(run: Path, state: dict, config: dict) -> None:
         raise UserError(f"{run}: the run folder was removed during training; nothing more is saved")
     content = io.BytesIO()  # torch.save itself hides why it could not write
     torch.save(state | {"format": FORMAT, "identity": identity(config)}, content)
-    with atomic_open(run / STATE, durable=True) as file:
-        file.write(content.getbuffer())
+    write_bytes(run / STATE, content.getbuffer(), durable=True)
 
 
 def load_state(run: Path, config: dict) -> dict | None:
@@ -151,8 +150,7 @@ def write_history(run: Path, history: list[dict]) -> None:
     writer = csv.DictWriter(text, dict.fromkeys(key for row in history for key in row), lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
-    with atomic_open(run / HISTORY, durable=True) as file:
-        file.write(text.getvalue().encode())
+    write_bytes(run / HISTORY, text.getvalue().encode(), durable=True)
 
 
 def read_history(run: Path) -> list[dict]:

@@ -12,7 +12,6 @@ import torch
 from .files import UserError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 WAYS_OUT = """What to do: choose another accelerator (on Kaggle: Settings, Accelerator, GPU T4 x2);
 or install the last build for older cards (P100, V100, GTX 10), in a cell of its own, and restart the kernel:
     pip install torch==2.14.1 torchvision==0.29.1 --index-url https://download.pytorch.org/whl/cu126

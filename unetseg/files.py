@@ -110,10 +110,15 @@ def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
         raise file_error(error, path) from None
 
 
+def write_bytes(path: Path, content: bytes, durable: bool = False) -> None:
+    """Write a file, as `atomic_open` does."""
+    with atomic_open(path, durable) as file:
+        file.write(content)
+
+
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, atomically and durably."""
-    with atomic_open(path, durable=True) as file:
-        file.write((json.dumps(value, indent=1) + "\n").encode())
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode(), durable=True)
 
 
 def read_json(path: Path) -> dict:

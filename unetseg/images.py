@@ -75,9 +75,8 @@ def read_pixels(path: Path, encoded: bytes, indexed: bool = False) -> np.ndarray
     pixels = pixels[..., :3] if pixels.ndim == 3 and pixels.shape[2] == 4 and pixels[..., 3].min() == 255 else pixels
     certain = found in ("L", "RGB", "RGBA", "1-bit 1", "16-bit I;16") or found.endswith("P")
     if not certain or pixels.shape[2:] not in ((), (3,)) or pixels.max(initial=0) > 255:
-        raise BadFile(
-            f"{path}: expected an opaque 8-bit RGB image, ids or a palette, found mode {found}, up to {pixels.max()}"
-        )
+        expected = "an opaque 8-bit RGB image, ids or a palette"
+        raise BadFile(f"{path}: expected {expected}, found mode {found}, up to {pixels.max()}")
     return np.ascontiguousarray(pixels, np.uint8)
 
 
@@ -117,12 +116,9 @@ def _open(encoded: bytes, formats: list[str]) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
-            picture = Image.open(BytesIO(encoded), formats=formats)
+            return Image.open(BytesIO(encoded), formats=formats)
         except Image.DecompressionBombError:
-            picture = None
-    if picture is None or picture.width * picture.height > MAX_PIXELS:
-        raise ValueError(f"a declared size of more than {MAX_PIXELS} pixels")
-    return picture
+            raise ValueError(f"a declared size of more than {MAX_PIXELS} pixels") from None
 
 
 def _reason(error: Exception, path: Path | str = "") -> str:

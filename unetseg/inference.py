@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import checkpoint
 from .data import Batches, SegmentationSet
 from .device import pick_device
-from .files import atomic_open
+from .files import write_bytes
 from .images import cv2, shrink
 from .settings import Settings
 from .train import forward
@@ -53,12 +53,7 @@ def predictions(model: nn.Module, dataset: SegmentationSet, count: int, precisio
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module,
-    image: np.ndarray,
-    size: tuple[int, int],
-    precision: str = "fp32",
-    tiles: int = 1,
-    flip: bool = False,
+    model: nn.Module, image: np.ndarray, size: tuple[int, int], precision="fp32", tiles: int = 1, flip: bool = False
 ) -> np.ndarray:
     """Class ids (H, W) uint8 for an RGB image (H, W, 3) uint8 of any size.
 
@@ -107,5 +102,4 @@ def _classes_at(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def write_picture(path: Path, picture: np.ndarray) -> None:
     """Write ids (H, W) or RGB (H, W, 3), uint8, as the suffix says: .png, or .jpg of quality 95."""
     _, encoded = cv2.imencode(path.suffix, picture if picture.ndim == 2 else cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    with atomic_open(path) as file:
-        file.write(encoded)
+    write_bytes(path, encoded)

@@ -54,11 +54,7 @@ def dice_loss(
 
 
 def ce_dice(
-    logits: Tensor,
-    mask: Tensor,
-    class_weights: Tensor | None = None,
-    all_sum: Callable = this_process,
-    dice_share: float = 0.5,
+    logits: Tensor, mask: Tensor, class_weights: Tensor | None = None, all_sum: Callable = this_process, dice_share=0.5
 ) -> Tensor:
     """(1 - dice_share) · cross-entropy + dice_share · Dice; dice_share in [0, 1]."""
     ce = cross_entropy(logits, mask, class_weights, all_sum)

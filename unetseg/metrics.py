@@ -22,16 +22,16 @@ def confusion_matrices(pred: Tensor, mask: Tensor, num_classes: int, kept: Tenso
 
 
 def under_rule(confusion: np.ndarray, void: str) -> np.ndarray:
-    """(C + 1, C) counts -> (C, C): void pixels dropped ("ignore") or taken as class 0 ("background")."""
-    counts = confusion[:-1].copy()
+    """(..., C + 1, C) counts -> (..., C, C): void pixels dropped ("ignore") or taken as class 0 ("background")."""
+    counts = confusion[..., :-1, :].copy()
     if void == "background":
-        counts[0] += confusion[-1]
+        counts[..., 0, :] += confusion[..., -1, :]
     return counts
 
 
 def iou(counts: np.ndarray) -> np.ndarray:
-    """(C, C) counts -> IoU of each class (C,), NaN for a class without a pixel of truth."""
-    hits, truth, pred = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
+    """(..., C, C) counts -> IoU of each class (..., C), NaN for a class without a pixel of truth."""
+    hits, truth, pred = counts.diagonal(axis1=-2, axis2=-1), counts.sum(axis=-1), counts.sum(axis=-2)
     return np.where(truth > 0, hits / np.maximum(truth + pred - hits, 1), np.nan)
 
 

@@ -190,11 +190,9 @@ def robustness_curves(found: dict) -> Figure:
                 values = np.array([None if name == "covered" else found["clean"], *values], float)
                 label = f"{name}, {'people' if aimed else 'anywhere'}"
                 ax.plot(share, values, style, ms=3, color=colour, label=label, lw=1.2)
-            ends = [
-                (found["clean"] or np.nan) + np.array(row["all"]["change"].get("interval", [np.nan] * 2))
-                for row in rows
-            ]
-            ax.fill_between(share[1:], *np.transpose(ends), color=STAGE_COLOURS[0], alpha=0.15, lw=0)
+            ends = [row["all"]["change"].get("interval", [np.nan] * 2) for row in rows]
+            ends = (found["clean"] or np.nan) + np.reshape(ends, (-1, 2)).T
+            ax.fill_between(share[1:], *ends, color=STAGE_COLOURS[0], alpha=0.15, lw=0)
         ax.set(title=kind, xlabel="covered, %", ylabel="mIoU")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)

@@ -34,10 +34,7 @@ Sets = tuple[SegmentationSet, SegmentationSet]
 
 
 def train(
-    settings: Settings,
-    log: Callable[[dict], None] | None = None,
-    sets: Sets | None = None,
-    show: Callable[[list[dict]], None] | None = None,
+    settings: Settings, log: Callable | None = None, sets: Sets | None = None, show: Callable | None = None
 ) -> list[dict]:
     """Train a run, or resume it where it was interrupted; returns its history, which a time limit may cut short.
 

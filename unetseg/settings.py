@@ -72,7 +72,6 @@ class Settings:
     aim_at: tuple[str, ...] | None = knob(None, "classes of all those instances (default: people)")
     occluded: str = knob("keep", "covered pixels keep their class, or become void", choices=("keep", "void"))
     precision: str = knob("auto", "auto: by rule for the device", choices=("auto", "fp32", "fp16", "bf16"))
-    memory_format: str = knob("channels_last", "layout of tensors", choices=("channels_last", "contiguous"))
     compile: bool = knob(False, "use torch.compile")
     deterministic: bool = knob(False, "bitwise reproducible on a GPU, and slower (a CPU always is)")
     project: str | None = knob(None, "W&B project (default: WANDB_PROJECT, or unetseg)")

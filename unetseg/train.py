@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from . import checkpoint, distributed
 from .classes import IGNORE_INDEX
-from .device import FORMATS, autocast, out_of_memory
+from .device import autocast, out_of_memory
 from .files import UserError
 from .losses import deep_supervision
 from .metrics import METRICS, confusion_matrices, scores
@@ -95,7 +95,7 @@ class State:
         self.run, self.config, self.steps_per_epoch, self.stopper = run, config, steps_per_epoch, stopper
         settings, self.device = config["settings"], next(model.parameters()).device
         self.precision, self.lr, self.void = settings["precision"], settings["lr"], settings["void"]
-        self.model = model.to(memory_format=FORMATS[settings["memory_format"]])
+        self.model = model.to(memory_format=torch.channels_last)
         network = distributed.wrap(self.model)
         self.network = torch.compile(network, dynamic=False) if settings["compile"] else network
         decay = {"weight_decay": settings["weight_decay"]}
@@ -193,12 +193,7 @@ class State:
 
 
 def fit(
-    state: State,
-    loss_fn: Callable,
-    train_batches,
-    val_batches,
-    log: Callable[[dict], None],
-    show: Callable | None = None,
+    state: State, loss_fn: Callable, train_batches, val_batches, log: Callable, show: Callable | None = None
 ) -> list[dict]:
     """Train from where the state stands to the last epoch of its config; returns the history.
 

@@ -9,6 +9,7 @@ from scipy import stats
 
 from ..checkpoint import weights_sha256
 from ..files import UserError
+from ..metrics import iou, under_rule
 from ..processed import moment
 from .results import comparable, read_results
 
@@ -33,18 +34,9 @@ def time_blocks(stems: list[str]) -> tuple[np.ndarray, bool]:
     return np.unique([f"{clip} {part}" for clip, part in names], return_inverse=True)[1], True
 
 
-def pooled_iou(confusions: np.ndarray, void: str) -> np.ndarray:
-    """(..., C + 1, C) counts -> IoU (..., C) of each class; NaN where the truth has none of it."""
-    counts = confusions[..., :-1, :].astype(float)
-    if void == "background":
-        counts[..., 0, :] += confusions[..., -1, :]
-    hits, truth, pred = np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(axis=-1), counts.sum(axis=-2)
-    return np.where(truth > 0, hits / np.maximum(truth + pred - hits, 1), np.nan)
-
-
 def pooled_miou(confusions: np.ndarray, void: str) -> np.ndarray:
     """(..., C + 1, C) counts -> mIoU (...) over the classes present in the truth."""
-    return np.nanmean(pooled_iou(confusions, void), axis=-1)
+    return np.nanmean(iou(under_rule(confusions, void)), axis=-1)
 
 
 def difference(a: np.ndarray, b: np.ndarray, blocks: np.ndarray, void="ignore", score=pooled_miou, seed=0) -> dict:

@@ -113,10 +113,10 @@ def distance_outside(edge: np.ndarray) -> np.ndarray:
 def by_size(pred: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Pixels (3, sizes) of a class in one image: hit, true, and false ones. A false pixel belongs to the nearest object
     of the truth; where there is none, it counts for the size of its own connected region."""
-    found = np.zeros((3, len(SIZES)))
     limits = np.array(list(SIZES.values())) * mask.size
     number, parts, stats, _ = cv2.connectedComponentsWithStats(mask if mask.any() else pred)
-    sizes = np.searchsorted(limits, stats[:, cv2.CC_STAT_AREA])  # of each object; 0 is the background
+    areas = stats[:, cv2.CC_STAT_AREA]  # of each object; the first is the background
+    rows = np.zeros(number), np.zeros(number), areas
     if mask.any():
         hits = np.bincount(parts[(pred & mask) > 0], minlength=number)
         pixels = {"labelType": cv2.DIST_LABEL_PIXEL}
@@ -124,12 +124,9 @@ def by_size(pred: np.ndarray, mask: np.ndarray) -> np.ndarray:
         owner = np.zeros(nearest.max() + 1, np.int64)
         owner[nearest[mask > 0]] = parts[mask > 0]
         false = np.bincount(owner[nearest[(pred > mask)]], minlength=number)
-        rows = hits, np.append(0, stats[1:, cv2.CC_STAT_AREA]), false
-    else:
-        rows = np.zeros(number), np.zeros(number), np.append(0, stats[1:, cv2.CC_STAT_AREA])
-    for row, values in enumerate(rows):
-        np.add.at(found[row], sizes[1:], values[1:])
-    return found
+        rows = hits, areas, false
+    sizes = np.searchsorted(limits, areas[1:])
+    return np.stack([np.bincount(sizes, row[1:], minlength=len(SIZES)) for row in rows])
 
 
 def place_of(stem: str) -> str:

@@ -41,12 +41,14 @@ def score_officially(run: Path, processed: Path, out: Path, split: str | None = 
             folder, _, stem = name.partition("/")
             if name not in pairs:
                 raise UserError(f"{data_set.root}: expected {stem}, found no such image; name the raw data with --raw")
-            image, truth = read_raw(data_set, pairs[name])
+            pair, layout = pairs[name], data_set.layout
+            image = layout.read_image(pair.image, read_bytes(pair.image))
+            truth = layout.read_labels(pair.labels, read_bytes(pair.labels), NINETEEN)
             pred = to_id[predict(model, image, (about["width"], about["height"]))]
             mask = read_png(pair_paths(processed, folder, stem)[1], "L")
             counts += count(truth, pred)
             ceiling += count(truth, to_id[shrink_mask(mask, truth.shape[::-1])])
-            files.append((out / f"{stem}_pred_labelIds.png", pairs[name].labels))
+            files.append((out / f"{stem}_pred_labelIds.png", pair.labels))
             write_picture(files[-1][0], pred)
     found = scores(counts, class_set) | {"ceiling": scores(ceiling, class_set), "images": len(files)}
     found |= script_scores(files)
@@ -78,11 +80,6 @@ def label_ids(class_set: ClassSet) -> np.ndarray:
     else:
         raise UserError(f"{class_set.name}: expected cityscapes19 or cityscapes7, whose classes the benchmark knows")
     return table
-
-
-def read_raw(data_set: DataSet, pair) -> tuple[np.ndarray, np.ndarray]:
-    image = data_set.layout.read_image(pair.image, read_bytes(pair.image))
-    return image, data_set.layout.read_labels(pair.labels, read_bytes(pair.labels), NINETEEN)
 
 
 def count(truth: np.ndarray, pred: np.ndarray) -> np.ndarray:

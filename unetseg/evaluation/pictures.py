@@ -17,7 +17,7 @@ def worst_cases(run: Path, processed: Path, results: dict, count: int = 2) -> pl
     """The worst images of a scored split, and as many random ones: image, truth, prediction, and where that is wrong:
     orange within three pixels of a true boundary, red elsewhere."""
     dataset, (model, _) = load_split(processed, results["split"]), trained_model(run)
-    stems = [image.partition("/")[2] for image in dataset.split.images]
+    stems = list(dataset.split.checked)
     worst = results["details"]["worst"][:count]
     places = [stems.index(row["image"]) for row in worst]
     others = np.setdiff1d(np.arange(len(stems)), places)

@@ -45,8 +45,7 @@ def evaluate_run(run: Path, processed: Path, split: str | None = None) -> dict:
     results["rules"] = {rule: scores(result.confusion, about["classes"], rule) for rule in dataset.class_set.void_rules}
     results |= {"confusion": result.confusion.tolist(), "weights_sha256": checkpoint.weights_sha256(run)}
     results |= {"data_sha256": dataset.split.sha256, "images": dataset.split.images}
-    stems = [image.partition("/")[2] for image in dataset.split.images]
-    results["details"] = details.summary() | spread(result.confusions, stems, about["void"])
+    results["details"] = details.summary() | spread(result.confusions, [*dataset.split.checked], about["void"])
     keep(run, results, result.confusions)
     return results
 
@@ -77,14 +76,10 @@ def remarks(config: dict, history: list[dict], split: Split, processed: Path) ->
     """What a reader of a run's scores must know."""
     said = list(read_stats(processed, split.folder).get("notes", []))
     planned, trained_on = config["cycles"][-1], config["data"]
-    names = dict(zip(trained_on, training_splits(config["settings"]["fold"])))
-
-    def fingerprint(name: str) -> str:
-        try:
-            return find_split(processed, name).sha256
-        except NoSplit:
-            return ""
-
+    try:
+        there = [find_split(processed, name).sha256 for name in training_splits(config["settings"]["fold"])]
+    except NoSplit:
+        there = []
     if split.name == "val" and scored_split(processed) == "val":
         said.append("there is no test split")
     if len(history) < planned:
@@ -93,7 +88,7 @@ def remarks(config: dict, history: list[dict], split: Split, processed: Path) ->
     seen = set(split.images) & {image for found in used.values() for image in found["images"]}
     if seen:
         said.append(f"{len(seen)} of these images were in the run's {' or '.join(used)} split: they are not unseen")
-    if any(fingerprint(names[key]) != trained_on[key]["sha256"] for key in trained_on):
+    if there != [found["sha256"] for found in trained_on.values()]:
         said.append(f"{processed} does not hold the data that the run was trained on")
     return said
 

@@ -75,8 +75,6 @@ def occlude(dataset: SegmentationSet, row: int, kind: str, share: float, aimed: 
         ys, xs = np.mgrid[: mask.shape[0], : mask.shape[1]]
         distance = (xs - middle[0]) ** 2 + (ys - middle[1]) ** 2
         covered = distance <= np.sort(distance, axis=None)[round(share * mask.size) - 1]
-    if kind == "patch" and len(dataset) == 1:
-        raise UserError("patch: expected another image in the split, found none")
     other = dataset.images[(row + 1 + int(rng.integers(max(1, len(dataset) - 1)))) % len(dataset)].cpu().numpy()
     textures: dict[str, Callable[[], np.ndarray]] = {
         "flat": lambda: np.broadcast_to(colour, image.shape),
@@ -87,9 +85,7 @@ def occlude(dataset: SegmentationSet, row: int, kind: str, share: float, aimed: 
     return np.where(covered[..., None], textures["flat" if kind == "disc" else kind](), image).astype(np.uint8), covered
 
 
-def paste(
-    dataset: SegmentationSet, row: int, rng: np.random.Generator, share: float, middle: tuple[float, float]
-) -> tuple:
+def paste(dataset: SegmentationSet, row: int, rng: np.random.Generator, share: float, middle: tuple) -> tuple:
     """An instance of another image, at the size that covers `share`, with a blurred edge. As in Amodal Cityscapes
     (Breitenstein & Fingscheidt, IV 2022), whose occluders are pasted instances; here they are connected regions."""
     image, shape = dataset.images[row].cpu().numpy(), dataset.masks.shape[1:]
@@ -154,7 +150,7 @@ def occlusion_scores(
     """Scores on visible, covered and all pixels for each kind, coverage and aim (or the chosen ones), beside what the
     predictions without an occluder, `clean` (N, H, W), score on the same pixels."""
     number, masks, rows = len(dataset.class_set), dataset.masks.cpu().numpy(), []
-    blocks, unoccluded = blocks_of(dataset), counts(clean, masks, number)
+    blocks, unoccluded = time_blocks([*dataset.split.checked])[0], counts(clean, masks, number)
     for kind, share, aimed in tqdm(chosen or [*conditions()], "occluders", leave=False, delay=1):
         if aimed and not dataset.class_set.people:
             continue
@@ -185,6 +181,7 @@ def corruption_scores(model: torch.nn.Module, dataset: SegmentationSet, clean: n
     if min(dataset.size) < 32:
         return [{"left_out": "the corruptions need images of 32 pixels a side and more"}]
     images, masks, rows = dataset.images.cpu().numpy(), dataset.masks.cpu().numpy(), []
+    blocks = time_blocks([*dataset.split.checked])[0]
     for name in tqdm(get_corruption_names(), "corruptions", leave=False, delay=1):
         for severity in SEVERITIES:
             made = []
@@ -194,12 +191,8 @@ def corruption_scores(model: torch.nn.Module, dataset: SegmentationSet, clean: n
                 own = {"seed": seed} if name in ("impulse_noise", "glass_blur") else {}  # these draw from none
                 made.append(corrupt(image, severity, name, **own))
             found = counts(predict_all(model, np.stack(made)), masks, len(dataset.class_set))
-            rows.append({"corruption": name, "severity": severity, **against(clean, found, blocks_of(dataset), void)})
+            rows.append({"corruption": name, "severity": severity, **against(clean, found, blocks, void)})
     return rows
-
-
-def blocks_of(dataset: SegmentationSet) -> np.ndarray:
-    return time_blocks([image.partition("/")[2] for image in dataset.split.images])[0]
 
 
 def robustness(run: Path, processed: Path, split: str | None = None) -> dict:
@@ -249,9 +242,8 @@ def robustness_table(found: dict) -> str:
         change = row["all"]["change"]
         ends = " to ".join(f"{end:+.3f}" for end in change["interval"]) if "interval" in change else "too few blocks"
         scores = row["visible"]["miou"], row["covered"]["miou"], row["all"]["miou"]
-        lines.append(
-            start + "{:>9}{:>9}{:>8}".format(*map(as_text, scores)) + f"{change['difference']:>+9.3f} ({ends})"
-        )
+        start += "{:>9}{:>9}{:>8}".format(*map(as_text, scores))
+        lines.append(f"{start}{change['difference']:>+9.3f} ({ends})")
     for name in dict.fromkeys(row["corruption"] for row in found["corruptions"] if "corruption" in row):
         scores = [row["miou"] for row in found["corruptions"] if row.get("corruption") == name]
         lines.append(f"{name:<20}" + "".join(f"{as_text(score):>8}" for score in scores))

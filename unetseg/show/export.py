@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint
 from ..classes import stored
-from ..files import UserError, atomic_open
+from ..files import UserError, write_bytes
 
 AGREE = 0.999  # share of pixels that must have the same class in PyTorch and in ONNX Runtime
 
@@ -61,11 +61,9 @@ def export_onnx(run_or_weights: Path, path: Path) -> dict:
     found = compare(network, onnxruntime.InferenceSession(encoded, providers=["CPUExecutionProvider"]), size)
     found |= {"parameters": sum(weight.numel() for weight in model.parameters()), "bytes": len(encoded)}
     if found["agreement"] < AGREE:
-        raise UserError(
-            f"{path}: ONNX Runtime and PyTorch agree on {found['agreement']:.2%} of the pixels; not written"
-        )
-    with atomic_open(path) as file:
-        file.write(encoded)
+        said = f"ONNX Runtime and PyTorch agree on {found['agreement']:.2%} of the pixels"
+        raise UserError(f"{path}: {said}; not written")
+    write_bytes(path, encoded)
     return facts | found
 
 
@@ -85,9 +83,8 @@ def compare(network: nn.Module, session: object, size: tuple[int, int]) -> dict:
     differences, same, generator = [], [], torch.Generator().manual_seed(0)
     for number, sides in ((2, size), (1, (size[0] + 5, size[1] - 3))):  # both are dynamic
         coarse = torch.rand(number, 3, 8, 8, generator=generator)
-        images = nn.functional.interpolate(coarse, sides, mode="bilinear") + 0.1 * torch.rand(
-            3, *sides, generator=generator
-        )
+        fine = 0.1 * torch.rand(3, *sides, generator=generator)
+        images = nn.functional.interpolate(coarse, sides, mode="bilinear") + fine
         images = (images.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1)
         ours, theirs = network(images).numpy(), session.run(None, {"image": images.numpy()})[0]
         differences.append(float(np.abs(ours - theirs).max()))

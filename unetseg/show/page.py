@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from .. import checkpoint
-from ..files import UserError, atomic_open, exclusive, make_folder, read_bytes
+from ..files import UserError, exclusive, make_folder, read_bytes, write_bytes
 from ..images import Image
 from ..tools.scenes import draw_scene
 from .export import export_onnx
@@ -48,8 +48,7 @@ def make_page(runs_or_weights: list[Path], out: Path) -> str:
 def write(out: Path, contents: dict[str, bytes]) -> None:
     for name, content in contents.items():
         make_folder((out / name).parent)
-        with atomic_open(out / name) as file:
-            file.write(content)
+        write_bytes(out / name, content)
 
 
 def add_network(run_or_weights: Path, out: Path) -> dict:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .. import checkpoint
 from ..classes import ClassSet, stored
 from ..device import out_of_memory, precision_rule
-from ..files import atomic_open, exclusive, make_folder, write_json
+from ..files import exclusive, make_folder, write_bytes, write_json
 from ..images import BadFile, overlay, read_photo
 from ..inference import predict, trained_model, write_picture
 from .video import frames_of, written_video
@@ -199,8 +199,7 @@ def write_table(path: Path, key: str, class_set: ClassSet, rows: dict) -> None:
     for name, row in rows.items():
         numbers = [round(number, 6) for number in (row["unlike"], *row["shares"])]
         table.writerow([name, row["width"], row["height"], *numbers])
-    with atomic_open(path) as file:
-        file.write(text.getvalue().encode(errors="surrogateescape"))
+    write_bytes(path, text.getvalue().encode(errors="surrogateescape"))
 
 
 def remarks(predictor: Predictor, rows: Iterable[dict]) -> list[str]:

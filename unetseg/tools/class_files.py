@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..classes import IGNORE_INDEX, ClassSet, class_set
-from ..files import UserError, atomic_open, read_bytes
+from ..files import UserError, read_bytes, write_bytes
 from .layouts import Folders, Tree, read_mask
 
 MOST_CLASSES = 64  # in a first file; more values than that are no classes
@@ -47,8 +47,7 @@ def rules(classes: dict, void: dict | None = None, people: list | None = None) -
         "ids for all classes, or for none": len({"ids" in entry for entry in entries}) == 1,
         "each id once": len(set(ids)) == len(ids),
         "each colour once": bool(ids) or len(set(colours)) == len(colours),
-        "people as a list of names of classes": people is None
-        or (isinstance(people, list) and set(people) <= classes.keys()),
+        "people as a list of names of classes": isinstance(people or [], list) and set(people or []) <= classes.keys(),
     }
 
 
@@ -78,8 +77,7 @@ def write_class_file(folder: Path, out: Path | None = None) -> str:
         name = f"class_{place}" if name == "void" or list(names.values()).count(name) > 1 else name
         lines.append(f'"{name}" = {{ colour = {colour}{ids} }}  # {share:.1%} of the pixels')
     lines += ["", "[void]", f"ids = {void}"] if void else []
-    with atomic_open(path) as file:
-        file.write(("\n".join(lines) + "\n").encode())
+    write_bytes(path, ("\n".join(lines) + "\n").encode())
     return f"{path}: {len(counts)} values, written as classes to be named:\n" + "\n".join(lines[3:])
 
 

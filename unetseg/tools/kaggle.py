@@ -3,7 +3,6 @@
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +13,10 @@ from ..files import UserError
 from ..processed import find_split
 from ..settings import Settings
 from . import preprocess
-from .layouts import describe, find_data_sets
+from .layouts import ANY_PICTURE, Tree, describe, find_data_sets
 from .scenes import draw_dataset
 
 KAGGLE = Path("/kaggle")
-DEEPEST = 6  # folders below /kaggle/input that are looked into: datasets/<owner>/<slug>/<three more>
-INSIDE = ("images_processed", "masks_processed", "visualizations", "leftImg8bit", "gtFine", "wandb")
-INSIDE += (preprocess.UNFINISHED,)
 DRAWN = {"train": 64, "val": 40}  # scenes
 QUICK_CHANNELS, QUICK_IMAGES = 16, {"scratch": 2000, "weighted_ce": 800, "ce_dice": 800}  # images that a stage sees
 SESSION_MINUTES, BEGUN = 690, time.monotonic()  # of the twelve hours that Kaggle gives; the import, as a session begins
@@ -77,19 +73,11 @@ def take_key() -> None:
         print(f"W&B: no secret WANDB_API_KEY ({type(error).__name__}), logging offline")
 
 
-def attached() -> Iterator[Path]:
-    """The folders below /kaggle/input, the upper ones first; none elsewhere."""
-    level = [KAGGLE / "input"]
-    for _ in range(DEEPEST):
-        level = [path for folder in level if folder.name not in INSIDE for path in sorted(folder.glob("*/"))]
-        yield from level
-
-
 def bring_runs(home: Path) -> None:
     """Copy attached runs into `home`: of each name that is not there, the one with the most epochs."""
     found: dict[str, list[tuple[int, Path]]] = {}
-    for folder in attached():
-        if (folder / checkpoint.WEIGHTS).is_file() or (folder / checkpoint.STATE).is_file():
+    for folder, (_, files) in Tree(KAGGLE / "input").items():
+        if {checkpoint.WEIGHTS, checkpoint.STATE} & {*files}:
             try:
                 checkpoint.read_config(folder)
                 found.setdefault(folder.name, []).append((len(checkpoint.read_history(folder)), folder))
@@ -109,18 +97,19 @@ def bring_runs(home: Path) -> None:
 
 def find_data(home: Path, raw: Path | None = None) -> Path:
     """The processed folder of data="auto", or of a raw data set."""
-    processed, folders = home / "processed", list(attached())
+    processed = home / "processed"
     if (processed / "stats_train.json").is_file() and raw is None:
         print(f"data: {processed}, made before")
         return processed
-    found, tree = find_data_sets(raw or KAGGLE / "input") if (raw or KAGGLE / "input").is_dir() else ([], {})
-    ready = [f for f in folders if (f / "stats_train.json").is_file() and f.name != preprocess.UNFINISHED]
+    found, tree = find_data_sets(raw or KAGGLE / "input")
+    ready = [folder for folder, (_, files) in tree.items() if "stats_train.json" in files]
     if ready and raw is None:
         others = ", ".join(map(str, [*ready[1:], *(data_set.root for data_set in found)]))
         print(f"data: {ready[0]}, attached" + (f" (not used: {others})" if others else ""))
         return ready[0]
-    if not found and (raw or any(has_pictures(folder, files) for folder, (_, files) in tree.items())):
-        raise UserError(describe(tree) if tree else f"{raw}: expected a folder of data, found none")
+    names = [name for folder, (_, files) in tree.items() if folder.name != "pictures" for name in files]
+    if not found and (raw or any(ANY_PICTURE.search(name) or name.lower().endswith(".zip") for name in names)):
+        raise UserError(describe(tree))
     if not found:
         print(f"data: no pictures are attached, so street scenes are drawn into {home / 'scenes'}")
         draw_dataset(home / "scenes", DRAWN)
@@ -128,17 +117,10 @@ def find_data(home: Path, raw: Path | None = None) -> Path:
     root, size = found[0].root, "x".join(map(str, found[0].quick_size())) if found[0].root == home / "scenes" else "256"
     if len(found) > 1:
         others = ", ".join(f"{data_set.root} ({data_set.layout.name})" for data_set in found[1:])
-        print(
-            f'data: {root} ({found[0].layout.name}) is taken; to take another, write its folder as data="…": {others}'
-        )
+        taken = f"{root} ({found[0].layout.name}) is taken"
+        print(f'data: {taken}; to take another, write its folder as data="…": {others}')
     command = ["--data_dir", str(root), "--output_dir", str(processed), "--size", size]
     if preprocess.main(command, found[0]) and not (processed / "stats_train.json").is_file():
         raise UserError(f"{root}: expected data that can be preprocessed; see above")
     print(f"data: {processed}, made from {root}")
     return processed
-
-
-def has_pictures(folder: Path, files: list[str]) -> bool:
-    """Whether the folder holds pictures, or archives that may, but for those of our own runs."""
-    endings = (".png", ".jpg", ".jpeg", ".npy", ".zip")
-    return folder.name != "pictures" and any(name.lower().endswith(endings) for name in files)

@@ -5,7 +5,6 @@ To add a data set, write its class file into class_sets/ and a Layout with `find
 
 import os
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -119,19 +118,10 @@ def _apart(images: Files, labels: Files, image: list[Path], label: list[Path]) -
 
 def list_folder(folder: Path) -> tuple[list[str], list[str]]:
     """The names of the folders and of the files in a folder, without junk; none where it may not be read."""
-    folders, files = [], []
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError:
-        return [], []
-    for entry in entries:
-        try:
-            inner = entry.is_dir() and not entry.name.endswith((".png", ".jpg"))
-        except OSError:  # a link that leads in circles
-            inner = False
-        if not (SKIPPED if inner else JUNK).fullmatch(entry.name):
-            (folders if inner else files).append(entry.name)
-    return folders, files
+    _, folders, files = next(os.walk(folder), ("", [], []))
+    odd = {name for name in folders if name.endswith((".png", ".jpg"))}  # named as if they were no files
+    folders = sorted(name for name in folders if name not in odd and not SKIPPED.fullmatch(name))
+    return folders, sorted(name for name in [*files, *odd] if not JUNK.fullmatch(name))
 
 
 class Tree(dict):
@@ -166,7 +156,8 @@ class Tree(dict):
 
 
 class Layout:
-    """Where a data set keeps its files, and what they mean. A subclass has `find`, and overrides what is different.
+    """Where a data set keeps its files, and what they mean. A subclass has `find`, which yields the data sets of this
+    layout in a Tree, and overrides what is different.
 
     expected       the layout in words, for error messages
     class_sets     names in CLASS_SETS that its ids can become, the default first; none: its class file says
@@ -180,10 +171,6 @@ class Layout:
     unlabelled: tuple[str, ...] = ()
     val_is_halved = False
     frame: str | None = None
-
-    def find(self, tree: Tree) -> Iterator[DataSet]:
-        """The data sets of this layout in the tree."""
-        raise NotImplementedError
 
     def label_name(self, stem: str) -> str:
         return f"{stem}.png"

@@ -22,12 +22,12 @@ from .. import checkpoint
 from ..data import Batches, SegmentationSet, load_split
 from ..device import pick_device
 from ..evaluation import difference, evaluate_run, headline, joined, verdicts
-from ..evaluation.compare import pooled_iou, pooled_miou, read_confusions, time_blocks
+from ..evaluation.compare import pooled_miou, read_confusions, time_blocks
 from ..evaluation.details import mean
 from ..evaluation.robustness import unseen_occluders
 from ..files import UserError, atomic_open, make_folder, read_bytes, write_json
 from ..inference import trained_model
-from ..metrics import confusion_matrices, scores
+from ..metrics import confusion_matrices, iou, scores, under_rule
 from ..run import train
 from ..settings import FREE, KNOBS, Settings, check
 from ..train import forward
@@ -122,11 +122,10 @@ def children(plan: dict, job: Job) -> list[Job]:
 def is_next(plan: dict, job: Job, out: Path, results: Path) -> bool:
     """Whether a run is still to be done, for its result or for the weights that another one starts from, and can be."""
     init = plan["rows"][job.row].get("init")
-    init = init if init in plan["rows"] else None
-    if init and not is_trained(out / replace(job, row=init).name):
-        return False
-    if init and not results_path(results, replace(job, row=init)).is_file():
-        return False
+    if init in plan["rows"]:
+        start = replace(job, row=init)
+        if not (is_trained(out / start.name) and results_path(results, start).is_file()):
+            return False
     needed = [child for child in children(plan, job) if not results_path(results, child).is_file()]
     return not results_path(results, job).is_file() or (bool(needed) and not is_trained(out / job.name))
 
@@ -216,7 +215,8 @@ def summarise(plan: dict, results: Path) -> dict:
         rows[name]["control"] = row.get("control")
         if seeds:
             rows[name] |= statistics(found[name])
-    for score, class_name in {"miou": None, **{f"{name}_iou": name for name in people(done)}}.items():
+    people = next((facts["people"] for facts, _ in done.values()), [])
+    for score, class_name in {"miou": None, **{f"{name}_iou": name for name in people}}.items():
         compared = {}
         for name, row in plan["rows"].items():
             both = [seed for seed in found[name] if seed in found.get(row.get("control"), {})]
@@ -229,10 +229,6 @@ def summarise(plan: dict, results: Path) -> dict:
     summary["context"] = {key: joined(sessions, key) for key in ("size", "device", "torch", "commit")}
     write_json(results / "summary.json", summary)
     return summary
-
-
-def people(done: dict) -> list[str]:
-    return next((facts["people"] for facts, _ in done.values()), [])
 
 
 def statistics(by_seed: dict[int, list]) -> dict:
@@ -267,7 +263,7 @@ def against(base: dict[int, list], other: dict[int, list], class_name: str | Non
     score = pooled_miou
     if class_name is not None:
         place = facts[0]["classes"].index(class_name)
-        score = lambda confusions, void: pooled_iou(confusions, void)[..., place]  # noqa: E731
+        score = lambda confusions, void: iou(under_rule(confusions, void))[..., place]  # noqa: E731
     return difference(*groups, time_blocks(stems)[0], facts[0]["trained_void"], score)
 
 

@@ -18,7 +18,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Executor, Future
+from concurrent.futures import CancelledError, Executor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -33,7 +33,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..classes import CLASS_SETS, IGNORE_INDEX, ClassSet, stored
-from ..files import FileError, UserError, atomic_open, exclusive, make_folder, read_bytes, read_json, write_json
+from ..files import FileError, UserError, exclusive, make_folder, read_bytes, read_json, write_bytes, write_json
 from ..images import BadFile, cv2, overlay, shrink
 from ..processed import FORMAT, checksum, pair_paths, read_image, read_pair
 from . import judge, parse_size, whole_number
@@ -197,8 +197,7 @@ def make(pair: Pair, contents: list[bytes], source: tuple[int, ...], task: Task)
 
 def write_array(path: Path, save: Callable[[BytesIO], None]) -> None:
     save(content := BytesIO())
-    with atomic_open(path) as file:
-        file.write(content.getbuffer())
+    write_bytes(path, content.getbuffer())
 
 
 @contextmanager
@@ -318,9 +317,8 @@ def move_into_place(out: Path, splits: list[str]) -> None:
         for stem in read_json(staging / path.name)["files"].keys() - set(plan[split]):
             for target in pair_paths(out, split, stem):
                 if target.exists():
-                    raise UserError(
-                        f"{target}: was not made by preprocessing; move it away, or use another --output_dir"
-                    )
+                    advice = "move it away, or use another --output_dir"
+                    raise UserError(f"{target}: was not made by preprocessing; {advice}")
     write_json(staging / "moving.json", plan)  # from here on, an interrupted move is finished by the next run
     finish_moving(out)
 
@@ -351,7 +349,7 @@ def finish_moving(out: Path) -> None:
 
 
 def write_stats(out: Path, task: Task, records: list[Record], said: dict[str, list[str]]) -> dict:
-    """Write stats_<split>.json into staging and return it: settings, what was `said`, pixels, edge cases, files."""
+    """Write stats_<split>.json into staging and return it: settings, what was `said`, pixels, files."""
     good, class_set = [record for record in records if not record.error], task.class_set
     stats = {"format": FORMAT, "split": task.split, **asdict(task.recipe), "val_is_halved": task.layout.val_is_halved}
     stats |= class_set.facts() | {"num_images": len(good)} | said
@@ -360,54 +358,30 @@ def write_stats(out: Path, task: Task, records: list[Record], said: dict[str, li
         for name in ("full_resolution", "resized"):
             total = np.sum([getattr(record, name) for record in good], axis=0)
             stats.setdefault("pixels", {})[name] = dict(zip(keys, total.tolist(), strict=True))
-        stats["edge_cases"] = edge_cases(good, class_set)
     stats["left_out"] = {record.stem: record.error for record in records if record.error}
     stats["files"] = {record.stem: record.entry() for record in good}
     write_json(out / UNFINISHED / f"stats_{task.split}.json", stats)
     return stats
 
 
-def edge_cases(records: list[Record], class_set: ClassSet) -> dict:
-    """What a reader of the statistics should know: absent classes, classes lost by shrinking, unusual images."""
-    full = np.array([record.full_resolution for record in records])
-    small = np.array([record.resized for record in records])
-    stems = np.array([record.stem for record in records])
-    present, share = full > 0, full / full.sum(axis=1, keepdims=True)
-    lost = {name: stems[present[:, c] & (small[:, c] == 0)].tolist() for c, name in enumerate(class_set.names)}
-    return {
-        "images_without_class": {name: int((~present[:, c]).sum()) for c, name in enumerate(class_set.names)},
-        "lost_by_shrinking": lost,
-        "images_of_one_class": stems[present[:, :-1].sum(axis=1) == 1].tolist(),
-        "images_over_half_void": stems[share[:, -1] > 0.5].tolist(),
-    }
-
-
-def draw(folder: Path, stats: dict, stems: list[str]) -> None:
-    """Write visualizations/<split>_class_distribution.png and, with the images of these stems, <split>_samples.jpg."""
+def draw(folder: Path, stats: dict, num_samples: int) -> None:
+    """Write visualizations/<split>_class_distribution.png and, with so many images, <split>_samples.jpg."""
     from .. import plots  # here, because every worker imports this file and few of them draw
 
-    class_set, split = stored(stats), stats["split"]
+    class_set, split, stems = stored(stats), stats["split"], list(stats["files"])
     total = {name.replace("_", " "): np.array(list(pixels.values())) for name, pixels in stats["pixels"].items()}
     shares = {name: pixels / pixels.sum() for name, pixels in total.items()}
     title = f"{stats['split']}: {stats['num_images']} images"
     figure = plots.class_distribution(class_set, shares, title)
     plots.save(figure, folder / "visualizations" / f"{split}_class_distribution.png")
     rows = []
-    for stem in stems:
-        image, mask, *_ = read_pair(folder, split, stem, len(class_set), tuple(stats["size"]))
+    for place in np.unique(np.linspace(0, len(stems) - 1, num_samples).round().astype(int)):
+        image, mask, *_ = read_pair(folder, split, stems[place], len(class_set), tuple(stats["size"]))
         painted = class_set.paint(mask)
         rows.append([image, painted, overlay(image, painted)])
     if rows:
         figure = plots.panels(rows, ["image", "mask", "overlay"], class_set)
         plots.save(figure, folder / "visualizations" / f"{split}_samples.jpg")
-
-
-def start_drawing(pool: Executor, staging: Path, stats: dict, num_samples: int) -> Future:
-    """Let a worker draw a split while the others make the next one."""
-    stems = list(stats["files"])
-    places = np.unique(np.linspace(0, len(stems) - 1, num_samples).round().astype(int))
-    without_files = {key: stats[key] for key in stats.keys() - {"files"}}
-    return pool.submit(draw, staging, without_files, [stems[place] for place in places])
 
 
 def report(split: str, records: list[Record], stats: dict | None) -> None:
@@ -430,9 +404,10 @@ def report(split: str, records: list[Record], stats: dict | None) -> None:
         pixels = stats["pixels"]["full_resolution"]
         total = sum(pixels.values())
         log.info("  %s", " · ".join(f"{name} {100 * count / total:.1f} %" for name, count in pixels.items()))
-        for name, stems in stats["edge_cases"]["lost_by_shrinking"].items():
-            if stems:
-                log.info("  %s vanishes from %d masks at this size", name, len(stems))
+        for c, name in enumerate(stats["classes"]):
+            lost = sum(r.full_resolution[c] > 0 and r.resized[c] == 0 for r in records if not r.error)
+            if lost:
+                log.info("  %s vanishes from %d masks at this size", name, lost)
 
 
 def judge_split(task: Task, records: list[Record]) -> list[str]:
@@ -458,9 +433,7 @@ def judge_together(out: Path, data_set: DataSet, splits: list[str]) -> list[str]
     return warnings + judge.judge_frames(data_set.layout.frame, {split: list(files) for split, files in made.items()})
 
 
-def make_split(
-    pool: Executor, data_set: DataSet, out: Path, task: Task, reuse: bool
-) -> tuple[list[Record], dict | None]:
+def make_split(pool: Executor, data_set: DataSet, out: Path, task: Task, reuse: bool) -> tuple[list, dict | None]:
     """What became of each pair of a split, in order, and its statistics in staging; None where nothing is usable."""
     pairs, alone = data_set.pairs(task.split)
     records = process_split(pool, pairs, out, task, reuse)
@@ -493,9 +466,8 @@ def run(args: argparse.Namespace, data_set: DataSet | None = None) -> int:
             report(split, records, stats)
             left_out += sum(bool(record.error) for record in records)
             done += [split] if stats else []
-            if stats and "pixels" in stats:
-                make_folder(staging / "visualizations")
-                pictures.append(start_drawing(pool, staging, stats, args.sample_size))
+            if stats and "pixels" in stats:  # a worker draws while the others make the next split
+                pictures.append(pool.submit(draw, staging, stats, args.sample_size))
         for picture in pictures:
             picture.result()
         for warning in judge_together(out, data_set, done):
@@ -549,8 +521,6 @@ def main(argv: list[str] | None = None, data_set: DataSet | None = None) -> int:
     """The command; with `data_set`, on that in place of what --data_dir holds."""
     args = parse_args(argv)
     logging.basicConfig(level=args.log_level, format="%(message)s", stream=sys.stderr, force=True)
-    for noisy in ("PIL", "matplotlib"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         with logging_redirect_tqdm():
             left_out = run(args, data_set)
