@@ -260,10 +260,14 @@ def stage_table(summary: dict) -> str:
     """The stages and their control, for a first look."""
     kept = {name: row for name, row in summary["rows"].items() if name in FIRST and "mean" in row}
     cells = plan_cells({"rows": kept})
-    minutes = {row["title"]: f"{row['mean']['train_seconds'] / 60:.1f}" for row in kept.values()}
+    first = next(iter(next(iter(kept.values()))["seconds"]))
+    minutes = {}
+    for row in kept.values():
+        device, seconds = next(iter(row["seconds"].items()))
+        minutes[row["title"]] = f"{seconds / 60:.1f}" if device == first else f"{seconds / 60:.0f} on a CPU core"
     rows = {title: [*found[:2], minutes[title]] for title, found in cells.items()}
     where = f"{summary['name']}, {summary['context']['size']}, means over {len(summary['folds'])} folds"
-    return markdown(["mIoU", "person", "minutes"], rows, f"{where}; minutes of a run, {summary['context']['device']}.")
+    return markdown(["mIoU", "person", "minutes"], rows, f"{where}; minutes of a run, {first}.")
 
 
 def mean_cells(summary: dict, keys: Iterable[str]) -> dict[str, list[str]]:

@@ -233,14 +233,18 @@ def summarise(plan: dict, results: Path) -> dict:
 
 def statistics(by_seed: dict[int, list]) -> dict:
     """Mean over the seeds, and sample standard deviation where there are several, of every number in the facts, each
-    of which is a mean over the folds first."""
+    of which is a mean over the folds first; and the mean seconds of a run on each device."""
     table: dict[str, list] = {}
+    seconds: dict[str, list] = {}
     for folds in by_seed.values():
         numbers = [flatten(facts) for facts, _ in folds]
         for key in numbers[0]:
             table.setdefault(key, []).append(mean([one.get(key) for one in numbers]))
+        for facts, _ in folds:
+            seconds.setdefault(facts["device"], []).append(facts["train_seconds"])
     known = {key: [value for value in values if value is not None] for key, values in table.items()}
     found = {"mean": {key: float(np.mean(values)) for key, values in known.items() if values}}
+    found["seconds"] = {device: mean(values) for device, values in seconds.items()}
     return found | {"std": {key: float(np.std(values, ddof=1)) for key, values in known.items() if len(values) > 1}}
 
 
