@@ -32,7 +32,7 @@ from unetseg.tools.scenes import draw_scene
 
 RESULTS = ROOT / "report" / "results"
 PICTURES = ("samples.jpg", "predictions.jpg")
-FIRST = ("published", "scratch", "control", "weighted_ce_occlusion", "ce_dice_occlusion", "weighted_ce_dice_occlusion")
+FIRST = ("published", "scratch", "control", "weighted_ce_small", "weighted_ce_occlusion", "ce_dice_occlusion")
 # further columns, and the names of their means
 DETAILS = {"boundary IoU, 3 px": "boundary_iou_3px", "boundary F, 3 px": "boundary_f_3px"}
 DETAILS |= {"small people": "iou_by_size person small", "large people": "iou_by_size person large"}
@@ -163,14 +163,16 @@ def findings(rows: list[dict]) -> list[str]:
 
 def discussion(rows: dict) -> list[str]:
     """What class weights and occlusion do, in numbers, where a plan has rows for each alone and their control."""
-    mean = {row["title"]: row["mean"] for row in rows.values() if "mean" in row}
-    said, share, control = [], lambda row, key: f"{mean[row][key]:.2f}".lstrip("0"), "control: more epochs of CE"
-    if {"weighted CE", control} <= mean.keys() and "recall person" in mean[control]:
-        recall, precision = ([share(row, f"{key} person") for row in (control, "weighted CE")] for key in PAIR)
-        moved = f"recall goes from {' to '.join(recall)}, precision from {' to '.join(precision)}"
+    said, pairs = [], {}
+    for row in (row for row in rows.values() if "control_mean" in row):
+        pairs[row["title"]] = row["control_mean"], row["mean"]
+    weighted, occluded = (pairs.get(title) for title in ("weighted CE", "CE + small occluders"))
+    if weighted:
+        shares = [" to ".join(f"{mean[f'{key} person']:.2f}".lstrip("0") for mean in weighted) for key in PAIR]
+        moved = "recall goes from {}, precision from {}".format(*shares)
         said.append(f"Class weights move people from missed to over-predicted: {moved}.")
-    if {"CE + small occluders", control} <= mean.keys():
-        lost = [f"{np.mean(lost_by_kind(mean[row])):.3f}".lstrip("0") for row in ("CE + small occluders", control)]
+    if occluded:
+        lost = [f"{np.mean(lost_by_kind(mean)):.3f}".lstrip("0") for mean in reversed(occluded)]
         said.append(f"Occluders alone do what they are for: visible pixels lose {' instead of '.join(lost)} mIoU.")
     return said
 

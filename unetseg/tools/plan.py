@@ -205,7 +205,7 @@ def require_same(plan: dict, job: Job, facts: dict, others: list[dict], path: Pa
 
 def summarise(plan: dict, results: Path) -> dict:
     """Mean and standard deviation over the seeds of each row's scores, themselves means over the folds, and verdicts
-    against its control over the seeds that both have; written to results/summary.json."""
+    against its control, and the control's means, over the seeds that both have; written to results/summary.json."""
     done = read_results(plan, results)
     found, rows = {}, {}
     for name, row in plan["rows"].items():
@@ -215,13 +215,15 @@ def summarise(plan: dict, results: Path) -> dict:
         rows[name]["control"] = row.get("control")
         if seeds:
             rows[name] |= statistics(found[name])
+    pairs = {}
+    for name, row in plan["rows"].items():
+        both = [seed for seed in found[name] if seed in found.get(row.get("control"), {})]
+        if both:
+            pairs[name] = [{seed: found[side][seed] for seed in both} for side in (row["control"], name)]
+            rows[name]["control_mean"] = statistics(pairs[name][0])["mean"]
     people = next((facts["people"] for facts, _ in done.values()), [])
     for score, class_name in {"miou": None, **{f"{name}_iou": name for name in people}}.items():
-        compared = {}
-        for name, row in plan["rows"].items():
-            both = [seed for seed in found[name] if seed in found.get(row.get("control"), {})]
-            if both:
-                compared[name] = against(*({s: found[r][s] for s in both} for r in (row["control"], name)), class_name)
+        compared = {name: against(*pair, class_name) for name, pair in pairs.items()}
         for name, verdict in verdicts(compared).items():
             rows[name][f"{score}_against_control"] = verdict
     summary = {"name": plan["name"], "precision": plan["precision"], "folds": plan["folds"], "rows": rows}
