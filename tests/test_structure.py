@@ -17,14 +17,14 @@ SITTING = ["settings", "classes", "processed", "data", "augment", "losses", "mod
 SITTING += ["train", "run", "checkpoint", "distributed", "device"]
 AROUND = ["__init__", "__main__", "images", "inference", "tracking", "plots", "files"]
 BUDGETS = {  # lines, docstrings and comments included, blank ones not
-    "the sitting": ([f"unetseg/{name}.py" for name in SITTING], 1661),
-    "around it": ([f"unetseg/{name}.py" for name in AROUND], 971),
-    "evaluation": (["unetseg/evaluation/*.py"], 745),
-    "show": (["unetseg/show/*.py"], 399),
-    "tools": (["unetseg/tools/*.py"], 2047),
+    "the sitting": ([f"unetseg/{name}.py" for name in SITTING], 1640),
+    "around it": ([f"unetseg/{name}.py" for name in AROUND], 961),
+    "evaluation": (["unetseg/evaluation/*.py"], 726),
+    "show": (["unetseg/show/*.py"], 392),
+    "tools": (["unetseg/tools/*.py"], 1996),
     "notebooks": (["notebooks/*.py"], 300),
     "the script": (["preprocessing/*.py"], 20),
-    "report": (["report/*.py", "report/*.typ"], 448),
+    "report": (["report/*.py", "report/*.typ"], 425),
     "benchmarks": (["benchmarks/*.py"], 900),
     "tests": (["tests/*.py"], 4500),
 }
