@@ -11,11 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from unetseg.files import atomic_open, read_json
 
-CHOICES = (
-    "straightforward script",
-    "loop most people run",
-    "the published recipe",
-)  # what a user chooses by, by what it is against
+# what a user chooses by, by what it is against
+CHOICES = ("straightforward script", "loop most people run", "the published recipe")
 TEXTS = {"README.md": ("choices", CHOICES), "docs/speed.md": ("speed", ("",))}  # markers, what is shown
 NAMES = ("preprocessing", "training", "predict", "quality")
 
