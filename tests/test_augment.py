@@ -100,6 +100,15 @@ def test_an_occluder_is_one_rectangle_and_the_mask_keeps_its_classes(scene, kind
         assert (height, width) == (pytest.approx(size * H, abs=1), pytest.approx(size * W, abs=1))
 
 
+def test_noise_comes_in_squares_of_its_grain(scene):
+    images, masks = scene
+    whole = {"width": 0.999, "height": 0.999, "x": 0.0, "y": 0.0, "roll_x": 0.0, "roll_y": 0.0}
+    found = draws("occlude", None, texture=0.6, grain=2.5 / augment.GRAINS, **whole)
+    out, _ = occlude_all(images, masks, found, size=1.0)
+    squares = out.unfold(2, 4, 4).unfold(3, 4, 4).flatten(4)
+    assert (squares == squares[..., :1]).all() and (out[..., 3] != out[..., 4]).any()
+
+
 def test_aimed_occluders_lie_on_the_instance(scene):
     images, masks = scene
     out, out_masks = occlude_all(images, masks, draws("occlude", aim=0.0), aimed=1.0, occluded="void")

@@ -19,6 +19,7 @@ from .classes import IGNORE_INDEX
 
 AUGMENTATIONS: dict[str, Callable] = {}  # filled by @augmentation
 TEXTURES = ("flat", "metallic", "noise", "patch")
+GRAINS = 6  # squares of noise are 1, 2, 4, ... 32 pixels wide
 
 
 @dataclass
@@ -107,7 +108,7 @@ def recolour(images: Tensor, draws: dict) -> Tensor:
     return torch.baddbmm(offset[:, None, None], matrix, images.flatten(2)).view_as(images).clamp_(0, 1)
 
 
-@augmentation("apply aim instance x y width height texture red green blue donor roll_x roll_y")
+@augmentation("apply aim instance x y width height texture red green blue donor roll_x roll_y grain")
 def occlude(
     images: Tensor,
     masks: Tensor,
@@ -118,7 +119,7 @@ def occlude(
     occluder_size: float,
     occluded: str,
 ) -> tuple[Tensor, Tensor]:
-    """Cover one rectangle of some images with a flat colour, brushed metal, noise, or a patch of another image.
+    """Cover one rectangle of some images by a flat colour, brushed metal, noise of any grain, or a patch of another.
 
     occlusion, aimed  shares in [0, 1]: of images with an occluder, and of occluders placed on an instance
     occluder_size     longest side of the others, as a share of the image's; the shortest is a tenth
@@ -162,12 +163,11 @@ def _texture(draws: dict, donor_images: Tensor, ys: Tensor, xs: Tensor) -> Tenso
     ys, xs = (ys + roll_y) % height, (xs + roll_x) % width  # (N, H, 1), (N, 1, W)
     colour = torch.stack([draws[name] for name in ("red", "green", "blue")], dim=1)[:, :, None, None]
     noise = torch.rand(3, height, width, generator=torch.Generator().manual_seed(0)).to(donor_images)
-    streaks = noise[0, :, :1].expand(height, width)
     sheen = torch.sin(2 * math.pi * (xs / width + 0.3 * ys / height))  # (N, H, W)
-    metallic = (0.55 + 0.25 * sheen + 0.2 * (streaks[ys, xs] - 0.5))[:, None] * (0.85 + 0.3 * (colour - 0.5))
+    metallic = (0.55 + 0.25 * sheen + 0.2 * (noise[0, ys, 0] - 0.5))[:, None] * (0.85 + 0.3 * (colour - 0.5))
     batch = torch.arange(len(donor_images), device=donor_images.device)[:, None, None]
     patch = donor_images.movedim(1, -1)[batch, ys, xs].movedim(-1, 1)
     texture = (draws["texture"] * len(TEXTURES)).long()
-    flat, noisy = colour.expand_as(donor_images), noise[:, ys, xs].movedim(0, 1)
-    choices = torch.stack([flat, metallic, noisy, patch])  # (4, N, 3, H, W)
-    return choices[texture, batch[:, 0, 0]].clamp(0, 1)
+    grain = (2 ** (draws["grain"] * GRAINS).long())[:, None, None]
+    flat, noisy = colour.expand_as(donor_images), noise[:, ys // grain, xs // grain].movedim(0, 1)
+    return torch.stack([flat, metallic, noisy, patch])[texture, batch[:, 0, 0]].clamp(0, 1)
