@@ -41,13 +41,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("run", type=Path)
     add_evaluation(commands)
     add_show(commands)
-    add = commands.add_parser("plan", help="train and score the rows of a plan, or go on with it").add_argument
+    add = commands.add_parser("plan", help="train and score the rows of a plan, or resume it").add_argument
     add("plan", type=Path, metavar="PLAN.toml")
     add("--data", type=Path, required=True, help="processed folder")
     add("--out", type=Path, required=True, help="folder of the runs")
     add("--results", type=Path, help="folder of the small results files (OUT/results)")
     add("--max-minutes", type=float, help="stop in time, with everything saved")
-    add = commands.add_parser("classes", help="write a first class file for one's own images and masks").add_argument
+    add = commands.add_parser("classes", help="write a first class file for your own images and masks").add_argument
     add("folder", type=Path, help="with a folder of images and one of masks")
     add("--out", type=Path, help="default: classes.toml in the folder")
     add = commands.add_parser("doctor", help="what this machine has, and how long training will take").add_argument

@@ -119,7 +119,7 @@ def occlude(
     occluder_size: float,
     occluded: str,
 ) -> tuple[Tensor, Tensor]:
-    """Cover one rectangle of some images by a flat colour, brushed metal, noise of any grain, or a patch of another.
+    """Cover one rectangle of some images with flat colour, brushed metal, noise, or a patch of another image.
 
     occlusion, aimed  shares in [0, 1]: of images with an occluder, and of occluders placed on an instance
     occluder_size     longest side of the others, as a share of the image's; the shortest is a tenth

@@ -62,7 +62,7 @@ def ce_dice(
 
 
 def deep_supervision(loss_fn: Callable, outputs: Tensor | list[Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
-    """What is minimised, and the loss of the logits alone: to it AUXILIARY times that of each coarser output is added,
+    """The training loss, and the loss of the logits alone; the former adds AUXILIARY times that of each coarser output,
     which has half the size of the one before, against the pixel under each centre."""
     logits, *coarser = outputs if isinstance(outputs, list) else [outputs]
     main = total = loss_fn(logits, mask)

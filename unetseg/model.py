@@ -51,8 +51,8 @@ class UNet(nn.Module):
 
 
 class ContextUNet(UNet):
-    """A U-Net with two dilated convolutions more at its bottleneck, which see more of the street, and with heads of
-    their own, while training, on the two levels below the finest.
+    """A U-Net with two extra dilated convolutions at its bottleneck, for a larger receptive field, and auxiliary heads,
+    in training only, on the two levels below the finest.
 
     Dilation after Yu & Koltun, ICLR 2016; the heads after Lee et al., "Deeply-Supervised Nets", AISTATS 2015.
     """

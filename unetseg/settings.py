@@ -1,4 +1,4 @@
-"""Every knob of a run, declared once, and the three presets. Flags, checks and notebooks follow from this table."""
+"""Every knob of a run, declared once, and the presets. Flags, checks and notebooks follow from this table."""
 
 import argparse
 import importlib
@@ -51,7 +51,7 @@ class Settings:
     fold: int | None = knob(None, "quarter of train to hold out as val; training keeps 10 s away", low=0, high=3)
     epochs: int | None = knob(None, "passes over the training images", low=1, high=100_000)
     batch_size: int = knob(8, "images per step, over all processes", low=1, high=4096)
-    half_size: float | None = knob(None, "share of the epochs that come first, at half the size", low=0, high=1)
+    half_size: float | None = knob(None, "first share of the epochs, at half the image size", low=0, high=1)
     lr: float | None = knob(None, "learning rate, the peak of one_cycle", low=1e-12, high=100)
     schedule: str | None = knob(None, "learning rate over time", choices=("one_cycle", "constant"))
     optimizer: str | None = knob(None, "optimiser", choices="optimizers.OPTIMIZERS")
@@ -73,7 +73,7 @@ class Settings:
     occluded: str = knob("keep", "covered pixels keep their class, or become void", choices=("keep", "void"))
     precision: str = knob("auto", "auto: by rule for the device", choices=("auto", "fp32", "fp16", "bf16"))
     compile: bool = knob(False, "use torch.compile")
-    deterministic: bool = knob(False, "bitwise reproducible on a GPU, and slower (a CPU always is)")
+    deterministic: bool = knob(False, "bitwise reproducible on a GPU too (a CPU always is), but slower")
     project: str | None = knob(None, "W&B project (default: WANDB_PROJECT, or unetseg)")
     max_minutes: float | None = knob(None, "save and stop before this time limit", low=1e-3, high=1e6)
     num_processes: int | None = knob(None, "processes here, one per GPU (1; in notebooks all GPUs)", low=1, high=64)
