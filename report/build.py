@@ -32,7 +32,7 @@ from unetseg.tools.scenes import draw_scene
 
 RESULTS = ROOT / "report" / "results"
 PICTURES = ("samples.jpg", "predictions.jpg")
-FIRST = ("published", "scratch", "control", "weighted_ce_small", "weighted_ce_occlusion", "ce_dice_occlusion")
+FIRST = ("published", "scratch", "control", "weighted_ce_occlusion", "ce_dice_occlusion")
 # further columns, and the names of their means
 DETAILS = {"boundary IoU, 3 px": "boundary_iou_3px", "boundary F, 3 px": "boundary_f_3px"}
 DETAILS |= {"small people": "iou_by_size person small", "large people": "iou_by_size person large"}
@@ -166,7 +166,7 @@ def discussion(rows: dict) -> list[str]:
     said, pairs = [], {}
     for row in (row for row in rows.values() if "control_mean" in row):
         pairs[row["title"]] = row["control_mean"], row["mean"]
-    weighted, occluded = (pairs.get(title) for title in ("weighted CE", "CE + small occluders"))
+    weighted, occluded = (pairs.get(title) for title in ("weighted CE", "CE + occlusion"))
     if weighted:
         shares = [" to ".join(f"{mean[f'{key} person']:.2f}".lstrip("0") for mean in weighted) for key in PAIR]
         moved = "recall goes from {}, precision from {}".format(*shares)
@@ -261,15 +261,15 @@ def plan_note(summary: dict) -> str:
 def stage_table(summary: dict) -> str:
     """The stages and their control, for a first look."""
     kept = {name: row for name, row in summary["rows"].items() if name in FIRST and "mean" in row}
-    cells = plan_cells({"rows": kept})
     first = next(iter(next(iter(kept.values()))["seconds"]))
     minutes = {}
     for row in kept.values():
         device, seconds = next(iter(row["seconds"].items()))
-        minutes[row["title"]] = f"{seconds / 60:.1f}" if device == first else f"{seconds / 60:.0f} on a CPU core"
-    rows = {title: [*found[:2], minutes[title]] for title, found in cells.items()}
+        minutes[row["title"]] = f"{seconds / 60:.1f}" + " on a CPU core" * (device != first)
+    cells = {row: [*found[:2], *found[3:], minutes[row]] for row, found in plan_cells({"rows": kept}).items()}
     where = f"{summary['name']}, {summary['context']['size']}, means over {len(summary['folds'])} folds"
-    return markdown(["mIoU", "person", "minutes"], rows, f"{where}; minutes of a run, {first}.")
+    note = f"{where}; minutes of a run, {first}. Points: to the row above (fine-tunings: to the control), same seeds."
+    return markdown([*PLAN_COLUMNS[:2], *PLAN_COLUMNS[3:], "minutes"], cells, note)
 
 
 def mean_cells(summary: dict, keys: Iterable[str]) -> dict[str, list[str]]:
