@@ -29,9 +29,10 @@ BATCH = 8
 
 
 def settings_of(preset: str) -> dict:
-    """The settings of a preset on this device, without epochs at half the size."""
-    stage = {"default": "scratch"}.get(preset, preset)
-    return complete({"stage": stage, "precision": device.precision_rule(device.pick_device())})
+    """The settings of a preset, or of the default one under AdamW, on this device, without epochs at half the size."""
+    chosen = {"default": {"stage": "scratch"}, "adamw": {"stage": "scratch", "optimizer": "adamw"}}
+    precision = device.precision_rule(device.pick_device())
+    return complete(chosen.get(preset, {"stage": preset}) | {"precision": precision})
 
 
 def network(preset: str) -> nn.Module:
@@ -149,6 +150,8 @@ def measure(home: Path) -> list[Row]:
                           (our_epoch, *default), (our_epoch, *default, 0.0, True), many),
         compare_processes("training, default preset, occlusion", "one constant batch, no augmentation",
                           (our_epoch, *default, 0.5), (our_epoch, *default, 0.0, True), many),
+        compare_processes("training, default preset", "the same under AdamW",
+                          (our_epoch, *default), (our_epoch, "adamw", home, 32), many),
         compare_processes("training, default preset", "a bare loop",
                           (our_epoch, *default), (bare_epoch, *default), many),
         compare_processes("training, published preset", "the loop most people run",

@@ -13,8 +13,10 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from unetseg.checkpoint import read_config
 from unetseg.evaluation import headline, read_results
 from unetseg.files import make_folder, read_json
+from unetseg.tools.plan import Job, changed, read_plan
 
 NOTEBOOKS = {
     "scratch": "Model_Training_UNet_From_scratch.ipynb",
@@ -56,21 +58,25 @@ def fill_answer(notebook: nbformat.NotebookNode, run: Path) -> None:
     person = f", person IoU **{score['person']:.3f}**" if score.get("person") is not None else ""
     answer = (
         f"**Answer.** mIoU **{score['mIoU']:.3f}**{person} on {results['split_note']} (split `{results['split']}`), "
-        f"{width}x{height}, void rule `{results['trained_void']}`, seed {results['seed']}; {seeds_of(results)}. "
+        f"{width}x{height}, void rule `{results['trained_void']}`, seed {results['seed']}; {seeds_of(run, results)}. "
         f"Trained in {results['train_seconds'] / 60:.1f} minutes on {results['device']}, torch {results['torch']}."
-    )
+    ) + "".join(f" {remark[0].upper()}{remark[1:]}." for remark in results["remarks"])
     cell = next(cell for cell in notebook.cells if "**Answer.**" in cell.source)
     cell.source = re.sub(r"^\*\*Answer\.\*\*.*$", lambda match: answer, cell.source, flags=re.MULTILINE)
 
 
-def seeds_of(results: dict) -> str:
+def seeds_of(run: Path, results: dict) -> str:
     """How far seeds differ: measured for the quick schedule on drawn scenes, by report/plans/drawn.toml."""
-    plan = read_json(ROOT / "report" / "results" / "drawn" / "summary.json")
-    row, drawn = plan["rows"][results["stage"]], all("/drawn_" in image for image in results["images"])
-    if not drawn or plan["context"]["size"] != "{}x{}".format(*results["size"]) or len(row["seeds"]) < 2:
+    plan, done = (ROOT / "report" / name for name in ("plans/drawn.toml", "results/drawn/summary.json"))
+    plan, done, config = read_plan(plan), read_json(done), read_config(run)
+    facts = {"settings": config["settings"], "epochs": config["cycles"][-1]}
+    like = not {*changed(plan, Job(results["stage"], 0, None), facts)} - {"seed", "precision"}
+    like &= done["context"]["size"] == "{}x{}".format(*results["size"])
+    if not like or not all("/drawn_" in image for image in results["images"]):
         return "one seed, so a difference of a point or two to another run says nothing"
+    row = done["rows"][results["stage"]]
     parts = [f"{name} {row['mean'][key]:.3f} ± {row['std'][key]:.3f}" for name, key in SPREAD.items()]
-    return f"over {len(row['seeds'])} seeds {', '.join(parts)}"
+    return f"over {len(row['seeds'])} seeds, in {plan['precision']}, {', '.join(parts)}"
 
 
 def publish(done: Path, target: Path, stage: str) -> None:

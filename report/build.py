@@ -37,12 +37,14 @@ FIRST = ("published", "scratch", "control", "weighted_ce_occlusion", "ce_dice_oc
 DETAILS = {"boundary IoU, 3 px": "boundary_iou_3px", "boundary F, 3 px": "boundary_f_3px"}
 DETAILS |= {"small people": "iou_by_size person small", "large people": "iou_by_size person large"}
 DETAILS |= {"calibration error": "calibration_error", "mIoU on val": "val mIoU"}
-PAIR = ("recall", "precision")
+RARE = {"recall of people": "recall person", "precision": "precision person"}
+MARKS = {"better": " ▲", "worse": " ▼"}
+MARKED = "▲ better, ▼ worse, after Holm's correction for the number of rows"
 STREET = ((512, 256), (0, 0, 3))  # size and seed of the scene that shows the occluders
 
 
-def collect(home: Path, remarks: list[str] = ()) -> dict:
-    """Gather what the runs under `home` left on disk, and remarks on them, into home/results.json, and return it.
+def collect(home: Path) -> dict:
+    """Gather what the runs under `home` left on disk into home/results.json, and return it.
 
     Raises UserError when a stage has not been scored yet, or when the stages were not scored alike.
     """
@@ -58,10 +60,10 @@ def collect(home: Path, remarks: list[str] = ()) -> dict:
     comparable([run["results"] for run in runs.values()])
     paths = sorted((home / "processed").glob("stats_*.json"))
     stats = {path.stem.removeprefix("stats_"): read_json(path) for path in paths}
-    context = {key: first[key] for key in ("split", "split_note", "remarks", "num_images", "size", "parameters")}
+    context = {key: first[key] for key in ("split", "split_note", "num_images", "size", "parameters")}
+    context["remarks"] = list(dict.fromkeys(remark for run in runs.values() for remark in run["results"]["remarks"]))
     sessions = {"sessions": [run["results"] for run in runs.values()]}
     context |= {key: joined(sessions, key) for key in ("device", "torch", "commit")}
-    context["remarks"] = [*context["remarks"], *remarks]
     context |= {"void": first["trained_void"], **stored(config).facts()}
     context |= {f"{name}_images": len(config["data"][name]["images"]) for name in ("train", "val")}
     context |= {f"{name}_note": config["data"][name]["note"] for name in ("train", "val")}
@@ -141,7 +143,8 @@ def plan_contents(plan: dict) -> dict:
     facts = {"name": plan["name"], "columns": PLAN_COLUMNS, "rows": plan_cells(plan), "note": plan_note(plan)}
     facts |= {"folds": len(plan["folds"]), "single": any(len(row["seeds"]) < 2 for row in done)}
     facts["findings"] = findings(done)
-    facts["details"] = {"columns": list(DETAILS), "rows": mean_cells(plan, DETAILS.values())}
+    columns = DETAILS | RARE
+    facts["details"] = {"columns": list(columns), "rows": mean_cells(plan, columns.values())}
     facts["discussion"] = discussion(plan["rows"])
     facts["occluded"] = any(key.startswith("lost_under") for row in done for key in row["mean"])
     return facts | {"abstract": f"In the plan {where}: {stages}"}
@@ -168,7 +171,7 @@ def discussion(rows: dict) -> list[str]:
         pairs[row["title"]] = row["control_mean"], row["mean"]
     weighted, occluded = (pairs.get(title) for title in ("weighted CE", "CE + occlusion"))
     if weighted:
-        shares = [" to ".join(f"{mean[f'{key} person']:.2f}".lstrip("0") for mean in weighted) for key in PAIR]
+        shares = [" to ".join(f"{mean[key]:.2f}".lstrip("0") for mean in weighted) for key in RARE.values()]
         moved = "recall goes from {}, precision from {}".format(*shares)
         said.append(f"Class weights move people from missed to over-predicted: {moved}.")
     if occluded:
@@ -234,7 +237,7 @@ def plan_cells(summary: dict) -> dict[str, list[str]]:
             verdict = row.get(f"{score}_against_control", {})
             ends = verdict.get("interval")
             said = f"{100 * verdict['difference']:+.1f} ({100 * ends[0]:+.1f} to {100 * ends[1]:+.1f})" if ends else "–"
-            cells.append(said)
+            cells.append(said + MARKS.get(verdict.get("verdict"), ""))
         rows[row["title"]] = [cell.replace("0.", ".") if cell[0] == "0" else cell for cell in cells]
         rows[row["title"]].append(str(len(row["seeds"])))
     return rows
@@ -255,21 +258,18 @@ def plan_note(summary: dict) -> str:
         return where
     others = "".join(f"; of {title}, to {control}" for title, control in against.items() if control != usual)
     points = f"Points are differences, of the scores pooled over all frames, to {usual}{others}."
-    return f"{where} {points} In brackets 95 % intervals over blocks of ten seconds."
+    verdict = next(row["miou_against_control"] for row in rows.values() if "miou_against_control" in row)
+    blocks = f"{verdict['blocks']} {'blocks of ten seconds' if verdict['names_tell_time'] else 'images'}"
+    return f"{where} {points} In brackets 95 % intervals over {blocks}; {MARKED}."
 
 
 def stage_table(summary: dict) -> str:
     """The stages and their control, for a first look."""
     kept = {name: row for name, row in summary["rows"].items() if name in FIRST and "mean" in row}
-    first = next(iter(next(iter(kept.values()))["seconds"]))
-    minutes = {}
-    for row in kept.values():
-        device, seconds = next(iter(row["seconds"].items()))
-        minutes[row["title"]] = f"{seconds / 60:.1f}" + " on a CPU core" * (device != first)
-    cells = {row: [*found[:2], *found[3:], minutes[row]] for row, found in plan_cells({"rows": kept}).items()}
+    cells = {row: [*found[:2], *found[3:]] for row, found in plan_cells({"rows": kept}).items()}
     where = f"{summary['name']}, {summary['context']['size']}, means over {len(summary['folds'])} folds"
-    note = f"{where}; minutes of a run, {first}. Points: to the row above (fine-tunings: to the control), same seeds."
-    return markdown([*PLAN_COLUMNS[:2], *PLAN_COLUMNS[3:], "minutes"], cells, note)
+    note = f"{where}. Points: to the row above (fine-tunings: to the control), under the same seeds; {MARKED}."
+    return markdown([*PLAN_COLUMNS[:2], *PLAN_COLUMNS[3:]], cells, note)
 
 
 def mean_cells(summary: dict, keys: Iterable[str]) -> dict[str, list[str]]:
@@ -282,7 +282,7 @@ def class_table(summary: dict) -> str:
     """IoU of each class, for all rows of a plan that have results."""
     means = next(row["mean"] for row in summary["rows"].values() if "mean" in row)
     keys = {key.removeprefix("scores "): key for key in means if key.startswith("scores ")}
-    keys |= {"mIoU on val": "val mIoU"}
+    keys |= RARE | {"mIoU on val": "val mIoU"}
     note = "Means over folds and seeds. On val, which is beside the folds, newer runs alone were scored."
     return markdown([*keys], mean_cells(summary, keys.values()), note)
 

@@ -34,7 +34,8 @@ def test_the_loops_of_training_run(processed, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", table.TEXTS)
 def test_the_texts_show_the_committed_speeds(name):
     files, against = table.committed(), table.TEXTS[name][1]
-    assert files and table.markdown(files, against) in (ROOT / name).read_text(encoding="utf-8")
+    text, record = (ROOT / name).read_text(encoding="utf-8"), table.record(read_json(table.RESULTS / "quality.json"))
+    assert files and table.markdown(files, against) in text and record in text
 
 
 def test_the_checks_for_a_gpu_run_on_a_cpu_as_far_as_they_can(tmp_path):

@@ -215,10 +215,8 @@ def test_the_benchmark_of_a_run_repeats_to_the_byte(scored, processed, monkeypat
 def test_runs_are_compared_on_the_command_line(scored, processed, capsys):
     assert command("evaluate", scored, "--data", processed) == 0
     assert command("compare", scored, "--to", scored) == 0
-    assert (
-        "+0.00 points of mIoU on 2 images of test; no interval and no verdict: the images make 2"
-        in capsys.readouterr().out
-    )
+    said = "+0.00 points of mIoU on 2 images of test; no interval and no verdict: the images make 2"
+    assert said in capsys.readouterr().out
     whole = (scored / "confusions_test.npz").read_bytes()
     for content in (b"junk", b"", whole[:-40]):
         (scored / "confusions_test.npz").write_bytes(content)

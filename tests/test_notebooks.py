@@ -46,15 +46,12 @@ def test_committed_as_executed_in_one_go(committed):
         assert output.output_type != "error"
         assert output.get("name") != "stderr"
     assert "**Answer.** mIoU" in committed.cells[0].source
-    assert len(nbformat.writes(committed)) < 1_000_000
+    assert len(nbformat.writes(committed)) < 500_000
 
 
 def test_the_first_cell_is_the_same_in_all_three():
-    cells = [
-        code_cells(nbformat.read(ROOT / "notebooks" / name, as_version=4))[0].source
-        for name in execute.NOTEBOOKS.values()
-    ]
-    assert len(set(cells)) == 1
+    notebooks = [nbformat.read(ROOT / "notebooks" / name, as_version=4) for name in execute.NOTEBOOKS.values()]
+    assert len({code_cells(notebook)[0].source for notebook in notebooks}) == 1
 
 
 def test_the_main_job_from_raw_scenes_to_the_report(raw, tmp_path, monkeypatch, capfd):
@@ -69,7 +66,7 @@ def test_the_main_job_from_raw_scenes_to_the_report(raw, tmp_path, monkeypatch, 
     for stage, name in execute.NOTEBOOKS.items():
         done = nbformat.read(home / "notebooks" / name, as_version=4)
         assert not [o for cell in code_cells(done) for o in cell.outputs if o.output_type == "error"]
-        assert "**Answer.** mIoU" in done.cells[0].source
+        assert "**Answer.** mIoU" in done.cells[0].source and "too few to read anything" in done.cells[0].source
         config = json.loads((home / stage / "config.json").read_text())
         assert (config["cycles"], config["settings"]["stage"], config["width"]) == ([2], stage, 64)
     assert {path.name for path in (home / "pictures").iterdir()} >= {"samples.jpg", "predictions.jpg", "stages.png"}
@@ -98,10 +95,8 @@ def test_the_settings_cell_says_what_the_declaration_says(committed):
 def test_a_hundred_epochs_leave_a_line_each_and_one_figure(tmp_path, capsys, monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda *picture, display_id: shown.append(picture) or Handle())
-    live, row = (
-        plots.LiveCurves(tmp_path / "curves_scratch.png", every=1000),
-        {"train_loss": 1, "val_loss": 1.0, "seconds": 1},
-    )
+    live = plots.LiveCurves(tmp_path / "curves_scratch.png", every=1000)
+    row = {"train_loss": 1, "val_loss": 1.0, "seconds": 1}
     history = [{"epoch": epoch, "val_miou": epoch / 100, **row} for epoch in range(1, 101)]
     for done in range(1, 101):
         live(history[:done])

@@ -71,10 +71,11 @@ def test_a_run_with_a_fold_is_scored_on_it(processed, tmp_path):
     assert command("train", "scratch", "--data", processed, "--out", tmp_path / "run", *tiny) == 0
     assert command("evaluate", tmp_path / "run", "--data", processed) == 0
     results = read_json(tmp_path / "run" / "results_fold2.json")
-    assert results["images"] == find_split(processed, "fold2").images and not results["remarks"]
+    short = "trained for 1 of the usual 100 epochs: too few to read anything into the scores"
+    assert results["images"] == find_split(processed, "fold2").images and results["remarks"] == [short]
     assert command("evaluate", tmp_path / "run", "--data", processed, "--split", "train") == 0
     said = read_json(tmp_path / "run" / "results_train.json")["remarks"]
-    assert said == ["4 of these images were in the run's train split: they are not unseen"]
+    assert said == [short, "4 of these images were in the run's train split: they are not unseen"]
 
 
 def test_half_size_is_the_mean_of_four_pixels_and_the_class_under_the_centre(processed):
@@ -113,6 +114,7 @@ def check_summary(results):
     for seed in (0, 1):
         files = [np.load(results / f"ce_dice-seed{seed}-fold{fold}.npz") for fold in (0, 1)]
         facts = [json.loads(str(file["facts"])) for file in files]
+        assert all(fact["start"]["settings"]["stage"] == "scratch" for fact in facts)
         pooled = [pooled_miou(file["confusions"].sum(axis=0), "ignore") for file in files]
         assert pooled == [fact["scores"]["mIoU"] for fact in facts]
         by_seed.append(np.mean(pooled))
@@ -129,6 +131,7 @@ def check_summary(results):
     (("channels = 4", "chanels = 4"), "the unknown chanels"),
     (("epochs = 1", "epochs = 0"), "epochs: expected a whole number from 1"),
     (('precision = "fp32"', ""), "no 'precision'"),
+    (('name = "try"', ""), "no 'name'"),
     (("seeds = [0, 1]", "seeds = []"), "a plan without rows or seeds"),
 ])  # fmt: skip
 def test_a_plan_with_a_mistake_is_refused_in_one_line(a_plan, change, said):
@@ -147,10 +150,21 @@ def test_the_plans_of_the_repository_can_be_read(path, monkeypatch):
 
 
 def test_results_of_other_settings_are_refused():
-    found = plan.read_plan(ROOT / "report" / "plans" / "camvid7.toml")
+    """Also where a setting is no longer in the plan, or the run that another one started from has changed."""
+    found, results = plan.read_plan(ROOT / "report" / "plans" / "camvid7.toml"), ROOT / "report" / "results" / "camvid7"
+    first, job = plan.Job("scratch", 0, 0), plan.Job("weighted_ce", 0, 0)
+    facts = plan.read_result(plan.results_path(results, job))[0] | {"start": plan.start_of(found, job, results)}
+    assert facts["start"]["epochs"] == 80 and plan.start_of(found, first, results) == {}
+    assert plan.changed(found, job, facts) == []
+    del found["rows"]["weighted_ce"]["occlusion"]
+    assert plan.changed(found, job, facts) == ["occlusion"]
+    found["rows"]["scratch"]["epochs"] = 100
+    assert plan.changed(found, job, facts) == ["occlusion", "init"]
+    found["rows"]["weighted_ce"]["init"] = str(ROOT / "weights" / "unet-drawn.safetensors")
+    assert plan.changed(found, job, facts) == ["occlusion", "init"]
     found["settings"]["channels"] = 32
-    with pytest.raises(UserError, match=r"npz: was made with other channels; delete it"):
-        plan.read_results(found, ROOT / "report" / "results" / "camvid7")
+    with pytest.raises(UserError, match=r"npz: was made with other channels, epochs; delete it"):
+        plan.read_results(found, results)
 
 
 def test_nothing_starts_from_a_training_that_is_not_finished(tmp_path, monkeypatch):

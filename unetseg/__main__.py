@@ -171,10 +171,8 @@ def export(args: argparse.Namespace) -> int:
 
     listen()
     found = export_onnx(args.weights, args.onnx)
-    say(
-        f"{args.onnx}: {found['bytes'] / 2**20:.1f} MiB; against PyTorch logits differ by at most "
-        f"{found['difference']:.1e}, {found['agreement']:.3%} of the pixels have the same class"
-    )
+    like = f"differ by at most {found['difference']:.1e}, {found['agreement']:.3%} of the pixels have the same class"
+    say(f"{args.onnx}: {found['bytes'] / 2**20:.1f} MiB; against PyTorch logits {like}")
     return 0
 
 

@@ -123,10 +123,11 @@ def write_json(path: Path, value: object) -> None:
 
 def read_json(path: Path) -> dict:
     """The JSON object in `path`. Raises UserError naming the file when it holds anything else."""
+    content = read_bytes(path)
     try:
-        value = json.loads(read_bytes(path).decode())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        value = json.loads(content.decode())
+        if not isinstance(value, dict):
+            raise ValueError(type(value).__name__)
+        return value
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected a JSON object, found {error}; restore the file or write it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}; restore the file")
-    return value

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import LogLocator
+from PIL import Image
 
 from .classes import IGNORE_INDEX, PEOPLE, ClassSet
 from .files import atomic_open, make_folder
@@ -81,8 +83,7 @@ def weights_table(names: tuple[str, ...], num_pixels: np.ndarray, weights: np.nd
     share = num_pixels.sum(axis=0) / num_pixels.sum()
     mass = share * weights / (share * weights).sum()
     lines = [f"{'class':<16}{'pixels':>9}{'weight':>9}{'of the loss':>13}"]
-    for name, *row in zip(names, share, weights, mass):
-        lines.append(f"{name:<16}{row[0]:>8.1%} {row[1]:>8.2f}{row[2]:>12.1%}")
+    lines += [f"{n:<16}{s:>8.1%} {w:>8.2f}{m:>12.1%}" for n, s, w, m in zip(names, share, weights, mass)]
     return "\n".join(lines)
 
 
@@ -183,7 +184,6 @@ def robustness_curves(found: dict) -> Figure:
     for ax, kind in zip(figure.subplots(-(-len(kinds) // 3), 3, sharex=True, sharey=True, squeeze=False).flat, kinds):
         for aimed, style in ((False, "o-"), (True, "s--")):
             rows = [row for row in found["occlusion"] if (row["kind"], row["aimed"]) == (kind, aimed) and "all" in row]
-            rows = sorted(rows, key=lambda row: row["covered_share"])
             share = [0.0] + [100 * row["covered_share"] for row in rows]
             for name, colour in zip(("all", "visible", "covered"), STAGE_COLOURS):
                 values = [row[name]["miou"] for row in rows]
@@ -225,20 +225,24 @@ def _grouped_bars(ax: Axes, names: list[str], groups: list, styles: list[dict], 
 
 
 def save(figure: Figure, path: Path, dpi: int | None = None) -> Path:
-    """Write a figure as .png or .svg (drawings) or .jpg (photographs, smaller), atomically; same figure, same bytes."""
-    quality = {".jpg": {"pil_kwargs": {"quality": 60}}, ".svg": {"metadata": {"Date": None}}}.get(path.suffix, {})
+    """Write a figure as .png (drawings, in 256 colours), .svg, or .jpg (photographs); same figure, same bytes."""
+    options = {".jpg": {"pil_kwargs": {"quality": 60, "progressive": True}}, ".svg": {"metadata": {"Date": None}}}
+    dpi = dpi or (120 if path.suffix == ".jpg" else 2 * SCREEN)
     make_folder(path.parent)
-    dpi = dpi or (150 if path.suffix == ".jpg" else 2 * SCREEN)
-    with atomic_open(path) as file:
-        figure.savefig(file, format=path.suffix[1:], dpi=dpi, **quality)
+    with atomic_open(path) as file, BytesIO() as content:
+        figure.savefig(content, format=path.suffix[1:], dpi=dpi, **options.get(path.suffix, {}))
+        if path.suffix == ".png":
+            Image.open(content).convert("RGB").quantize(256).save(file, format="PNG")
+        else:
+            file.write(content.getbuffer())
     return path
 
 
 def show(figure: Figure, path: Path):
     """Save a figure and return it as a notebook cell's picture, at double density."""
-    from IPython.display import Image
+    from IPython import display
 
-    return Image(filename=str(save(figure, path)), width=round(figure.get_figwidth() * SCREEN))
+    return display.Image(filename=str(save(figure, path)), width=round(figure.get_figwidth() * SCREEN))
 
 
 class LiveCurves:

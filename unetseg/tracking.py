@@ -76,10 +76,8 @@ class Tracker:
         self.describe(online and not why)
 
     def describe(self, online: bool) -> None:
-        """Tell W&B what the rows' axis is, which values count, and which weights the run started from."""
+        """Tell W&B what the rows' axis is, and which weights the run started from."""
         self.run.define_metric("*", step_metric="epoch")
-        for name in ("val/miou", "val/accuracy"):
-            self.run.define_metric(name, step_metric="epoch", summary="last")
         if online and self.config["init_sha256"]:
             stage = checkpoint.read_about(Path(self.config["settings"]["init"]))["stage"]
             with contextlib.suppress(Exception):  # the parent was logged elsewhere, or offline
@@ -143,10 +141,9 @@ class Tracker:
         fields, columns = {key: key for key in table.columns}, ("iou", "precision", "recall", "f1")
         score = scores(confusion, names, self.state.void)["classes"]
         shown = predictions(trained_model(self.folder)[0], self.val_set, PICTURES)
-        logged = {"final/pictures": overlays(*shown, names)}
-        title = {"title": "val, pixels"}
-        logged["final/confusion"] = wandb.plot_table("wandb/confusion_matrix/v1", table, fields, title)
+        chart = wandb.plot_table("wandb/confusion_matrix/v1", table, fields, {"title": "val, pixels"})
         rows = [[name, *(found[key] for key in columns)] for name, found in score.items()]
+        logged = {"final/pictures": overlays(*shown, names), "final/confusion": chart}
         logged["final/classes"] = wandb.Table(["class", *columns], rows)
         facts = {"epoch": last["epoch"], "val_miou": last["val_miou"], "sha256": sha256}
         artifact = wandb.Artifact(f"unet-{self.config['settings']['stage']}", type="model", metadata=facts)
@@ -255,8 +252,8 @@ def overlays(images: np.ndarray, masks: np.ndarray, preds: np.ndarray, names: li
 
     labels, pictures = dict(enumerate(names)) | {IGNORE_INDEX: "void"}, []
     for image, mask, pred in zip(images, masks, preds, strict=True):
-        layers = {"truth": mask, "prediction": pred}
-        layers = {key: {"mask_data": value, "class_labels": labels} for key, value in layers.items()}
+        layers = ("truth", mask), ("prediction", pred)
+        layers = {key: {"mask_data": value, "class_labels": labels} for key, value in layers}
         pictures.append(wandb.Image(image, masks=layers, file_type="jpg"))
     return pictures
 

@@ -101,16 +101,15 @@ def compare_runs(base: list[Path], others: dict[str, list[Path]], split: str | N
     comparable(everything)
     groups = {name: np.stack([confusions for _, confusions in group]) for name, group in read.items()}
     blocks, timed = time_blocks([image.partition("/")[2] for image in everything[0]["images"]])
-    void, found = everything[0]["trained_void"], {}
-    for name in others:
-        found[name] = difference(groups[""], groups[name], blocks, void)
-        found[name] |= {"split": everything[0]["split"], "images": len(blocks), "names_tell_time": timed}
-    return verdicts(found)
+    void, about = everything[0]["trained_void"], {"score": "mIoU", "split": everything[0]["split"]}
+    about |= {"images": len(blocks), "names_tell_time": timed}
+    return verdicts({name: difference(groups[""], groups[name], blocks, void) | about for name in others})
 
 
 def verdict_line(name: str, found: dict) -> str:
     """A comparison as a line of text."""
-    line = f"{name}: {100 * found['difference']:+.2f} points of mIoU on {found['images']} images of {found['split']}"
+    points = f"{100 * found['difference']:+.2f} points of {found['score']}"
+    line = f"{name}: {points} on {found['images']} images of {found['split']}"
     if "interval" not in found:
         return f"{line}; no interval and no verdict: {found['reason']}"
     low, high = (100 * end for end in found["interval"])

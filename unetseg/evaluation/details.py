@@ -74,8 +74,7 @@ class Details:
         sizes = {}
         for name, (hit, area, false) in self.objects.items():
             sizes[name] = {s: ratio(hit[i], area[i] + false[i]) for i, s in enumerate(SIZES)}
-        pixels, right, confidence = self.bins
-        error = np.abs(right - confidence).sum() / max(pixels.sum(), 1)
+        error = np.abs(self.bins[1] - self.bins[2]).sum() / max(self.bins[0].sum(), 1)
         return tables | {"iou_by_size": sizes, "calibration_error": float(error)}
 
 

@@ -12,6 +12,7 @@ from ..inference import trained_model
 from ..losses import cross_entropy
 from ..metrics import METRICS, scores
 from ..processed import FOLDS, NoSplit, Split, find_split, read_stats, scored_split, training_splits
+from ..settings import PRESETS
 from ..train import evaluate
 from .details import DISTANCES, Details, spread
 
@@ -60,8 +61,7 @@ def keep(run: Path, results: dict, confusions: np.ndarray) -> None:
     """Write results_<split>.json, and the matrix of each image for `compare`, into the run folder."""
     try:
         with atomic_open(run / f"confusions_{results['split']}.npz") as file:
-            arrays = {"confusions": confusions.astype(np.uint32), "weights_sha256": results["weights_sha256"]}
-            np.savez_compressed(file, **arrays)
+            np.savez_compressed(file, confusions=confusions.astype(np.uint32), weights_sha256=results["weights_sha256"])
         write_json(run / f"results_{results['split']}.json", results)
     except UserError as error:  # a run folder may be attached read-only
         tqdm.write(f"warning: the scores are not kept: {error}")
@@ -82,6 +82,9 @@ def remarks(config: dict, history: list[dict], split: Split, processed: Path) ->
         there = []
     if split.name == "val" and scored_split(processed) == "val":
         said.append("there is no test split")
+    usual = PRESETS[config["settings"]["stage"]]["epochs"]
+    if len(history) < usual / 4:
+        said.append(f"trained for {len(history)} of the usual {usual} epochs: too few to read anything into the scores")
     if len(history) < planned:
         said.append(f"training is not finished: {len(history)} of {planned} epochs are done")
     used = trained_on if split.name == "test" else {"train": trained_on["train"]}

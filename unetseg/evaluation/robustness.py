@@ -63,8 +63,7 @@ def rectangle(share: float, middle: tuple[float, float], aspect: float, shape: t
 def occlude(dataset: SegmentationSet, row: int, kind: str, share: float, aimed: bool) -> tuple[np.ndarray, np.ndarray]:
     """Image `row` with an occluder (H, W, 3) uint8, and the covered pixels (H, W) bool; the same every time."""
     image, mask = dataset.images[row].cpu().numpy(), dataset.masks[row].cpu().numpy()
-    stem = dataset.split.images[row]
-    rng = generator(stem, kind, share, "aimed" if aimed else "anywhere")
+    rng = generator(dataset.split.images[row], kind, share, "aimed" if aimed else "anywhere")
     people = [dataset.class_set.names.index(name) for name in dataset.class_set.people]
     middle, aspect = centre(rng, mask, people, aimed), float(np.exp(rng.uniform(-0.7, 0.7)))
     colour = rng.integers(0, 256, 3, dtype=np.uint8)
@@ -207,8 +206,7 @@ def robustness(run: Path, processed: Path, split: str | None = None) -> dict:
     found = {"run": run.name, "split": dataset.split.name, "split_note": dataset.split.note, "size": list(dataset.size)}
     found |= {"images": dataset.split.images, "data_sha256": dataset.split.sha256, "trained_void": void}
     found |= {"weights_sha256": checkpoint.weights_sha256(run), "commit": commit(), "resolution": "after shrinking"}
-    found |= {"clean": pooled(clean, void)}
-    found |= {"occlusion": occlusion_scores(model, dataset, preds, void)}
+    found |= {"clean": pooled(clean, void), "occlusion": occlusion_scores(model, dataset, preds, void)}
     found |= {"corruptions": corruption_scores(model, dataset, clean, void)}
     write_json(run / f"robustness_{dataset.split.name}.json", found)
     plots.save(plots.robustness_curves(found), run / f"robustness_{dataset.split.name}.png", dpi=160)

@@ -40,8 +40,7 @@ def rules(classes: dict, void: dict | None = None, people: list | None = None) -
     return {
         "two to 253 classes, none of them named void": 1 < len(classes) < 254 and "void" not in classes,
         "a colour for each class": len(shown) == len(entries),
-        "no entries but colour, colours and ids": {key for e in (*entries, void) for key in e}
-        <= {"colour", "colours", "ids"},
+        "no entries but colour, colours and ids": {"colour", "colours", "ids"} >= set().union(*entries, void),
         "colours of three whole numbers from 0 to 255": all(len(c) == 3 and all(map(is_byte, c)) for c in colours),
         "ids from 0 to 255": all(map(is_byte, ids)),
         "ids for all classes, or for none": len({"ids" in entry for entry in entries}) == 1,
@@ -99,9 +98,8 @@ def count_values(paths: list[Path]) -> dict:
 def given_names(root: Path) -> dict:
     """Names of ids or colours in the lists that CamVid, CVAT (labelmap.txt) and Roboflow (_classes.csv) add."""
     names: dict = {}
-    for path in [
-        path for pattern in ("class_dict.csv", "labelmap.txt", "*/_classes.csv") for path in root.glob(pattern)
-    ]:
+    lists = ("class_dict.csv", "labelmap.txt", "*/_classes.csv")
+    for path in [path for pattern in lists for path in root.glob(pattern)]:
         for line in path.read_text(errors="replace").splitlines():
             if match := re.match(r"\s*([^,:#]+)[,:]\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)", line):
                 names[tuple(map(int, match.groups()[1:]))] = match[1]

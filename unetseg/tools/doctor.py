@@ -76,9 +76,8 @@ def computing_device() -> tuple[str, None]:
 
 def machine_load() -> tuple[str, None]:
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load < BUSY * cores:
-        return f"{load:.1f} of {cores} cores busy", None
-    return f"{load:.1f} processes for {cores} cores: the machine is busy, so the times below are too long", None
+    busy = ": the machine is busy, so the times below are too long" * (load >= BUSY * cores)
+    return f"{load:.1f} processes for {cores} cores{busy}", None
 
 
 def disk_space() -> tuple[str, None]:

@@ -27,9 +27,9 @@ def prepare(settings: Settings) -> Settings:
     where the settings have None; prints what was found, and makes what is missing.
 
     data="auto" becomes the folder `processed` beside the run folder; else an attached processed folder; else one made
-    from attached raw data or, where no pictures are attached, from drawn scenes. A raw data set by its folder becomes
-    the processed folder made from it. Attached runs (of an earlier session
-    or another notebook) are copied beside the run folder. A W&B key among Kaggle's secrets goes into the environment.
+    from attached raw data or, where no pictures are attached, from drawn scenes. The folder of a raw data set becomes
+    the processed folder made from it. Attached runs (of an earlier session or another notebook) are copied beside the
+    run folder. A W&B key among Kaggle's secrets goes into the environment.
     """
     take_key()
     home = Path(settings.out).parent
@@ -117,8 +117,7 @@ def find_data(home: Path, raw: Path | None = None) -> Path:
     root, size = found[0].root, "x".join(map(str, found[0].quick_size())) if found[0].root == home / "scenes" else "256"
     if len(found) > 1:
         others = ", ".join(f"{data_set.root} ({data_set.layout.name})" for data_set in found[1:])
-        taken = f"{root} ({found[0].layout.name}) is taken"
-        print(f'data: {taken}; to take another, write its folder as data="…": {others}')
+        print(f'data: {root} ({found[0].layout.name}); to take another, write its folder as data="…": {others}')
     command = ["--data_dir", str(root), "--output_dir", str(processed), "--size", size]
     if preprocess.main(command, found[0]) and not (processed / "stats_train.json").is_file():
         raise UserError(f"{root}: expected data that can be preprocessed; see above")

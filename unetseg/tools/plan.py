@@ -22,17 +22,17 @@ from .. import checkpoint
 from ..data import Batches, SegmentationSet, load_split
 from ..device import pick_device
 from ..evaluation import difference, evaluate_run, headline, joined, verdicts
-from ..evaluation.compare import pooled_miou, read_confusions, time_blocks
+from ..evaluation.compare import pooled_miou, read_confusions, time_blocks, verdict_line
 from ..evaluation.details import mean
 from ..evaluation.robustness import unseen_occluders
 from ..files import UserError, atomic_open, make_folder, read_bytes, write_json
 from ..inference import trained_model
 from ..metrics import confusion_matrices, iou, scores, under_rule
 from ..run import train
-from ..settings import FREE, KNOBS, Settings, check
+from ..settings import FREE, INHERITED, KNOBS, Settings, check, complete
 from ..train import forward
 
-ALL = ("name", "data", "precision", "seeds", "folds", "settings", "rows")
+ALL = ("name", "precision", "seeds", "folds", "settings", "rows")
 ROW = ("title", "control", *KNOBS)
 KEPT = ("split", "split_note", "size", "trained_void", "device", "torch", "commit", "precision", "epochs")
 KEPT += ("train_seconds", "parameters", "images", "data_sha256")
@@ -58,7 +58,7 @@ def read_plan(path: Path) -> dict:
         rows = plan["rows"]
         unknown = [*(set(plan) - {*ALL}), *(set(plan["settings"]) - {*KNOBS})]
         unknown += [f"{name}.{key}" for name, row in rows.items() for key in set(row) - {*ROW}]
-        if unknown or not (rows and plan["seeds"] and plan["precision"]):
+        if unknown or not (rows and plan["seeds"] and plan["precision"] and plan["name"]):
             raise ValueError(f"the unknown {', '.join(unknown)}" if unknown else "a plan without rows or seeds")
         for place, (name, row) in enumerate(rows.items()):
             for key in {"init", "control"} & {*row}:
@@ -144,7 +144,7 @@ def do(plan: dict, job: Job, data: Path, out: Path, results: Path, max_minutes: 
         return len(history) == config["cycles"][-1]
     found = evaluate_run(run, data)
     details, classes = found["details"], found["rules"][found["trained_void"]]["classes"]
-    facts = {"row": job.row, "seed": job.seed, "fold": job.fold}
+    facts = {"row": job.row, "seed": job.seed, "fold": job.fold, "start": start_of(plan, job, results)}
     facts["settings"] = {key: value for key, value in config["settings"].items() if key not in FREE}
     facts |= {key: config[key] for key in ("classes", "people")} | {key: found[key] for key in KEPT}
     facts |= {"scores": headline(found), "val_miou": [row["val_miou"] for row in history]}
@@ -165,6 +165,15 @@ def do(plan: dict, job: Job, data: Path, out: Path, results: Path, max_minutes: 
     return True
 
 
+def start_of(plan: dict, job: Job, results: Path) -> dict:
+    """What a run starts from: how another row was trained, the hash of a file of weights, or nothing."""
+    init = plan["rows"][job.row].get("init")
+    if init not in plan["rows"]:
+        return {"sha256": checkpoint.weights_sha256(Path(init))} if init else {}
+    facts, _ = read_result(results_path(results, replace(job, row=init)))
+    return {key: facts[key] for key in ("settings", "epochs", "start") if key in facts}
+
+
 @torch.inference_mode()
 def flipped_scores(run: Path, dataset: SegmentationSet) -> dict[str, float]:
     """mIoU, and IoU of people, of predictions that are means over an image and its mirror image."""
@@ -176,31 +185,40 @@ def flipped_scores(run: Path, dataset: SegmentationSet) -> dict[str, float]:
     return {"mIoU": score["miou"]} | {name: score["classes"][name]["iou"] for name in about["people"]}
 
 
+def read_result(path: Path) -> tuple[dict, np.ndarray]:
+    """Facts and matrices (N, C + 1, C) of a run. Raises UserError for a damaged file."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return json.loads(str(file["facts"])), file["confusions"].astype(np.int64)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: expected a result of a plan, found {error}; delete it and rerun") from None
+
+
 def read_results(plan: dict, results: Path) -> dict[Job, tuple[dict, np.ndarray]]:
-    """Facts and matrices (N, C + 1, C) of the runs that are done. Raises UserError for a damaged file."""
-    found = {}
+    """The results that are there. Raises UserError for one of other settings than the plan's, or of other data."""
+    found, data = {}, {}
     for job in jobs_of(plan):
         path = results_path(results, job)
         if path.is_file():
-            try:
-                with np.load(path, allow_pickle=False) as file:
-                    facts, confusions = json.loads(str(file["facts"])), file["confusions"].astype(np.int64)
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-                raise UserError(f"{path}: expected a result of a plan, found {error}; delete it and rerun") from None
-            require_same(plan, job, facts, [f for other, (f, _) in found.items() if other.fold == job.fold], path)
-            found[job] = facts, confusions
+            found[job] = facts, _ = read_result(path)
+            other = changed(plan, job, facts)
+            other += ["data"] * (facts["data_sha256"] != data.setdefault(job.fold, facts["data_sha256"]))
+            if other:
+                advice = "delete it, or take another --results"
+                raise UserError(f"{path}: was made with other {', '.join(other)}; {advice}")
     return found
 
 
-def require_same(plan: dict, job: Job, facts: dict, others: list[dict], path: Path) -> None:
-    """Raise UserError for a result of other settings than the plan has now, or of other data than the other runs."""
-    wanted = plan["settings"] | {key: value for key, value in plan["rows"][job.row].items() if key in KNOBS}
-    wanted |= {"precision": plan["precision"]}
-    there = facts["settings"] | {"epochs": facts["epochs"]}
-    changed = [key for key, value in wanted.items() if key in there and there[key] != value]
-    changed += ["data"] * any(facts["data_sha256"] != other["data_sha256"] for other in others[:1])
-    if changed:
-        raise UserError(f"{path}: was made with other {', '.join(changed)}; delete it, or take another --results")
+def changed(plan: dict, job: Job, facts: dict) -> list[str]:
+    """The settings in which a run differs from the plan, and "init" where what it started from does."""
+    given = {key: value for key, value in vars(settings_of(plan, job, Path(), Path())).items() if value is not None}
+    wanted, there = complete(given), complete(facts["settings"]) | {"epochs": facts["epochs"]}
+    compared = there.keys() - (set(FREE) - {"epochs"}) - (INHERITED.keys() - given.keys())
+    found = sorted(key for key in compared if there[key] != wanted[key])
+    init, start = plan["rows"][job.row].get("init"), facts.get("start")  # older results have none
+    if start and "settings" in start and init in plan["rows"]:
+        return found + ["init"] * bool(changed(plan, replace(job, row=init), start))
+    return found + ["init"] * (start is not None and (init in plan["rows"] or start != start_of(plan, job, Path())))
 
 
 def summarise(plan: dict, results: Path) -> dict:
@@ -234,19 +252,14 @@ def summarise(plan: dict, results: Path) -> dict:
 
 
 def statistics(by_seed: dict[int, list]) -> dict:
-    """Mean over the seeds, and sample standard deviation where there are several, of every number in the facts, each
-    of which is a mean over the folds first; and the mean seconds of a run on each device."""
+    """Mean and sample standard deviation over the seeds of every number in the facts, first averaged over the folds."""
     table: dict[str, list] = {}
-    seconds: dict[str, list] = {}
     for folds in by_seed.values():
         numbers = [flatten(facts) for facts, _ in folds]
         for key in numbers[0]:
             table.setdefault(key, []).append(mean([one.get(key) for one in numbers]))
-        for facts, _ in folds:
-            seconds.setdefault(facts["device"], []).append(facts["train_seconds"])
     known = {key: [value for value in values if value is not None] for key, values in table.items()}
     found = {"mean": {key: float(np.mean(values)) for key, values in known.items() if values}}
-    found["seconds"] = {device: mean(values) for device, values in seconds.items()}
     return found | {"std": {key: float(np.std(values, ddof=1)) for key, values in known.items() if len(values) > 1}}
 
 
@@ -257,8 +270,7 @@ def flatten(facts: dict) -> dict[str, float | None]:
         for name, value in facts.get(group, {}).items():
             more = value if isinstance(value, dict) else {"": value}
             numbers |= {f"{group} {name} {key}".strip(): number for key, number in more.items()}
-    single = [key for key in facts if key.startswith("boundary_")] + ["calibration_error", "train_seconds"]
-    return numbers | {key: facts[key] for key in single}
+    return numbers | {key: facts[key] for key in facts if key.startswith(("boundary_", "calibration_error"))}
 
 
 def against(base: dict[int, list], other: dict[int, list], class_name: str | None) -> dict:
@@ -270,23 +282,19 @@ def against(base: dict[int, list], other: dict[int, list], class_name: str | Non
     if class_name is not None:
         place = facts[0]["classes"].index(class_name)
         score = lambda confusions, void: iou(under_rule(confusions, void))[..., place]  # noqa: E731
-    return difference(*groups, time_blocks(stems)[0], facts[0]["trained_void"], score)
+    blocks, timed = time_blocks(stems)
+    found = difference(*groups, blocks, facts[0]["trained_void"], score)
+    found |= {"score": f"IoU of {class_name}" if class_name else "mIoU", "images": len(stems)}
+    return found | {"split": ", ".join(fact["split"] for fact in facts), "names_tell_time": timed}
 
 
 def plan_table(summary: dict) -> str:
     """The summary as text."""
-    lines = [f"{'':<44}{'runs':>5}{'mIoU':>16}{'person':>16}{'minutes':>9}"]
+    lines = [f"{'':<44}{'runs':>5}{'mIoU':>18}{'person':>18}"]
     for row in summary["rows"].values():
-        cells = ["", ""]
-        for place, key in enumerate(("scores mIoU", "scores person")):
-            if key in row.get("mean", {}):
-                spread = f" ± {row['std'][key]:.4f}" if key in row["std"] else ""
-                cells[place] = f"{row['mean'][key]:.4f}{spread}"
-        minutes = f"{row['mean']['train_seconds'] / 60:.1f}" if "mean" in row else ""
-        lines.append(f"{row['title'][:43]:<44}{row['runs']:>5}{cells[0]:>16}{cells[1]:>16}{minutes:>9}")
-        for key in [key for key in row if key.endswith("_against_control")]:
-            verdict = row[key]
-            ends = " to ".join(f"{100 * end:+.2f}" for end in verdict.get("interval", ()))
-            said = f"{ends}: {verdict['verdict']}" if ends else verdict["reason"]
-            lines.append(f"    {key.replace('_', ' ')}: {100 * verdict['difference']:+.2f} points, {said}")
+        keys = [key for key in ("scores mIoU", "scores person") if key in row.get("mean", {})]
+        cells = [f"{row['mean'][key]:.4f}" + (f" ± {row['std'][key]:.4f}" if key in row["std"] else "") for key in keys]
+        lines.append(f"{row['title'][:43]:<44}{row['runs']:>5}" + "".join(f"{cell:>18}" for cell in cells))
+        found = [row[key] for key in row if key.endswith("_against_control")]
+        lines += [verdict_line(f"    against {row['control']}", verdict) for verdict in found]
     return "\n".join(lines)
