@@ -3,11 +3,13 @@
 import os
 import shutil
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks"), str(ROOT / "report"), str(ROOT / "benchmarks")]
@@ -24,6 +26,13 @@ from unetseg.__main__ import main
 from unetseg.tools import preprocess, scenes
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Notebooks look for /kaggle, which test_kaggle.py makes: one module of both at a time."""
+    with FileLock(Path(tempfile.gettempdir()) / "unetseg-tests.lock"):
+        yield
 
 
 def command(*parts):

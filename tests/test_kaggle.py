@@ -67,7 +67,7 @@ def test_the_first_cell_finds_the_library_at_home_and_on_colab(tmp_path, start):
 
 
 @pytest.fixture(scope="module")
-def kaggle(tmp_path_factory):
+def kaggle(tmp_path_factory, alone):
     """/kaggle with input and working, for as long as this module's tests take."""
     there, home = Path("/kaggle"), tmp_path_factory.mktemp("kaggle")
     if there.exists() or there.is_symlink() or not os.access("/", os.W_OK):
@@ -122,9 +122,8 @@ def test_the_three_notebooks_one_session_each(kaggle, raw, monkeypatch):
         assert names >= {"model.safetensors", "config.json", "history.csv", "state.pt", "results_test.json", "wandb"}
         assert (runs / "pictures").is_dir() and {path.name for path in (kaggle / "working").iterdir()} == {"runs"}
         (kaggle / "input").chmod(0o755)
-        shutil.copytree(
-            kaggle / "working", kaggle / "input" / "notebooks" / "me" / stage, ignore_dangling_symlinks=True
-        )
+        attached = kaggle / "input" / "notebooks" / "me" / stage
+        shutil.copytree(kaggle / "working", attached, ignore_dangling_symlinks=True)
         make_read_only(kaggle / "input")
     assert all(run in said for run in RUNS)  # the last one compares all three
 
@@ -154,9 +153,8 @@ def test_an_earlier_session_is_resumed(mounts, processed, tmp_path, monkeypatch)
     expected = run.train(Settings(out=tmp_path / "whole" / "scratch", **facts))
     first = Settings(out=mounts / "notebooks" / "me" / "unetseg" / "runs" / "scratch", **facts)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            Stopper, "reason", lambda self, reserve: "time" * (Path(first.out) / "model.safetensors").exists()
-        )
+        weights = Path(first.out) / "model.safetensors"
+        patch.setattr(Stopper, "reason", lambda self, reserve: "time" * weights.exists())
         assert len(run.train(first)) == 1
     make_read_only(mounts)
     again = place.prepare(Settings(out=tmp_path / "runs" / "scratch", **facts))

@@ -375,13 +375,11 @@ def test_val_that_is_train_is_an_error_and_twins_in_a_split_are_a_warning(scenes
     official(tmp_path / "twins", twins)
     assert process(tmp_path / "twins", tmp_path / "out", "--size", "32", "--log_level", "WARNING") == 0
     assert "train: 1 images occur more than once" in capsys.readouterr().err
-    official(
-        tmp_path / "leak", {"train": scenes["train"], "val": [*scenes["val"], scenes["train"][2]]}, compress_level=1
-    )
+    leak = {"train": scenes["train"], "val": [*scenes["val"], scenes["train"][2]]}
+    official(tmp_path / "leak", leak, compress_level=1)
     assert process(tmp_path / "leak", tmp_path / "leaked", "--size", "32") == 1
-    assert "1 images of val are in train, too" in capsys.readouterr().err and not list(
-        (tmp_path / "leaked").glob("stats*")
-    )
+    assert "1 images of val are in train, too" in capsys.readouterr().err
+    assert not list((tmp_path / "leaked").glob("stats*"))
 
 
 def test_coarse_labels_are_taken_on_request(scenes, tmp_path):

@@ -16,6 +16,7 @@ from unetseg import plots
 from unetseg.settings import KNOBS
 from unetseg.tools import kaggle, layouts
 
+pytestmark = pytest.mark.usefixtures("alone")
 HEADINGS = ["Question and answer", "Settings", "Data", "Model and loss", "Training", "Results", "What this shows"]
 
 

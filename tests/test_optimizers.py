@@ -59,9 +59,8 @@ def test_a_step_that_is_not_finite_changes_nothing(network):
     optimizer = Muon(network.parameters(), lr=0.01, weight_decay=0.1, fused=True)
     with_gradients(network)
     optimizer.step()
-    before = copy.deepcopy(
-        [*network.parameters(), *[s["momentum"] for s in optimizer.state.values() if "momentum" in s]]
-    )
+    momenta = [state["momentum"] for state in optimizer.state.values() if "momentum" in state]
+    before = copy.deepcopy([*network.parameters(), *momenta])
     for weight in network.parameters():
         weight.grad = torch.full_like(weight, torch.nan)
     optimizer.found_inf = torch.ones(())

@@ -236,9 +236,8 @@ sys.argv[0]"""
 @pytest.mark.parametrize("number", [1, 2, 3, 7])
 def test_the_shares_make_the_whole_batch(processed, monkeypatch, number):
     """Same samples, same augmentation, each once, whatever the number of processes."""
-    batches = Batches(
-        load_split(processed, "train"), 4, torch.device("cpu"), with_preset(Settings(seed=5, occlusion=0.5))
-    )
+    settings = with_preset(Settings(seed=5, occlusion=0.5))
+    batches = Batches(load_split(processed, "train"), 4, torch.device("cpu"), settings)
     whole = list(batches.epoch(3))
     monkeypatch.setattr(distributed, "world", lambda: number)
     parts = []
@@ -254,6 +253,5 @@ def test_no_process_is_forked():
     for path in [*ROOT.glob("unetseg/**/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("notebooks/*.py")]:
         text = Path(path).read_text(encoding="utf-8")
         assert "os.fork" not in text and 'get_context("fork")' not in text, path
-        assert text.count("ProcessPoolExecutor(") == text.count('ProcessPoolExecutor(workers, get_context("spawn")'), (
-            path
-        )
+        spawned = text.count('ProcessPoolExecutor(workers, get_context("spawn")')
+        assert text.count("ProcessPoolExecutor(") == spawned, path

@@ -172,9 +172,8 @@ def test_the_printed_command_uploads_a_run_that_was_begun_online(server, train, 
     advice = capsys.readouterr().err.split("to upload the rest later: ")[1].splitlines()[0]
     server.how = "ok"
     server.asked.clear()
-    done = subprocess.run(
-        advice.replace("wandb", f"{sys.executable} -m wandb", 1), shell=True, capture_output=True, timeout=60
-    )
+    upload = advice.replace("wandb", f"{sys.executable} -m wandb", 1)
+    done = subprocess.run(upload, shell=True, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
     sent = b"".join(question for path, question in server.asked if "file_stream" in path)
     assert sent.count(b"val/miou") >= 2 and b'\\"epoch\\":2' in sent.replace(b" ", b"")
@@ -185,8 +184,10 @@ def test_a_run_that_was_deleted_gets_a_new_id_and_all_rows(server, train):
     server.deleted = read_json(folder / "wandb.json")["id"]
     write_json(folder / "wandb.json", read_json(folder / "wandb.json") | {"epochs": 1})
     train(epochs=3)
-    assert read_json(folder / "wandb.json")["id"] != server.deleted
-    assert [row["epoch"] for row in wandb_file.history(files(folder)[-1]) if "val/miou" in row] == [1, 2, 3]
+    new = read_json(folder / "wandb.json")["id"]
+    (path,) = [path for path in files(folder) if wandb_file.last(path, "run").run_id == new]
+    assert [row["epoch"] for row in wandb_file.history(path) if "val/miou" in row] == [1, 2, 3]
+    assert new != server.deleted
 
 
 def test_a_fine_tuning_is_linked_to_the_weights_it_began_with(server, processed, train, tmp_path):
