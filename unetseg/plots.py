@@ -226,7 +226,7 @@ def _grouped_bars(ax: Axes, names: list[str], groups: list, styles: list[dict], 
 
 def save(figure: Figure, path: Path, dpi: int | None = None) -> Path:
     """Write a figure as .png (drawings, in 256 colours), .svg, or .jpg (photographs); same figure, same bytes."""
-    options = {".jpg": {"pil_kwargs": {"quality": 60, "progressive": True}}, ".svg": {"metadata": {"Date": None}}}
+    options = {".jpg": {"pil_kwargs": {"quality": 55, "progressive": True}}, ".svg": {"metadata": {"Date": None}}}
     dpi = dpi or (120 if path.suffix == ".jpg" else 2 * SCREEN)
     make_folder(path.parent)
     with atomic_open(path) as file, BytesIO() as content:
