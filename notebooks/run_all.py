@@ -117,8 +117,8 @@ def run(args: argparse.Namespace) -> int:
         settings = notebook_settings(stage, home, processed, args.quick)
         say(f"Notebook {number} of 3: {name} ({settings['epochs']} epochs)")
         execute(Path("notebooks", name), home / "notebooks" / name, settings)
-        if args.update:
-            publish(home / "notebooks" / name, Path("notebooks", name), stage)
+    for stage, name in NOTEBOOKS.items() if args.update else ():  # at the end: runs say whether their code is committed
+        publish(home / "notebooks" / name, Path("notebooks", name), stage)
     say("Building the report")
     results = collect(home)
     build(home / "pictures", [results], home / "UNet_Model_Training_Report.pdf")
