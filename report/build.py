@@ -36,7 +36,7 @@ FIRST = ("published", "scratch", "control", "weighted_ce_occlusion", "ce_dice_oc
 # further columns, and the names of their means
 DETAILS = {"boundary IoU, 3 px": "boundary_iou_3px", "boundary F, 3 px": "boundary_f_3px"}
 DETAILS |= {"small people": "iou_by_size person small", "large people": "iou_by_size person large"}
-DETAILS |= {"calibration error": "calibration_error", "mIoU on val": "val mIoU"}
+DETAILS |= {"ECE": "calibration_error", "mIoU on val": "val mIoU"}
 RARE = {"recall of people": "recall person", "precision": "precision person"}
 MARKS = {"better": " ▲", "worse": " ▼"}
 MARKED = "▲ better, ▼ worse, after Holm's correction for the number of rows"
