@@ -275,8 +275,7 @@ def test_opencv_without_a_display_says_which_wheel_to_install(tmp_path):
     (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ['PYTHONPATH']}"}
     for arguments in (["doctor"], ["preprocess", "--data_dir", "x", "--output_dir", "y"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "unetseg", *arguments], env=environment, capture_output=True, text=True
-        )
+        asked = [sys.executable, "-m", "unetseg", *arguments]
+        done = subprocess.run(asked, env=environment, capture_output=True, text=True)
         assert done.returncode == 1 and "pip install opencv-python-headless" in done.stderr, done.stderr
         assert "Traceback" not in done.stderr

@@ -171,10 +171,8 @@ def test_batches_cover_the_set_once_in_an_order_that_depends_on_seed_and_epoch(p
 def test_one_augmentation_changes_no_other(processed):
     """With a share of 0 occlusion changes nothing: both see the same flips, zooms and colours."""
     train_set = load_split(processed, "train")
-    batches = [
-        next(Batches(train_set, 6, CPU, Settings(augment=augment, occlusion=0.0)).epoch(3))
-        for augment in (("basic",), ("occlude", "basic"))
-    ]
+    settings = [Settings(augment=augment, occlusion=0.0) for augment in (("basic",), ("occlude", "basic"))]
+    batches = [next(Batches(train_set, 6, CPU, one).epoch(3)) for one in settings]
     assert all(torch.equal(one, other) for one, other in zip(*batches))
 
 
