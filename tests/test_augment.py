@@ -147,9 +147,8 @@ def test_draws_depend_on_augmentation_seed_and_epoch_alone():
 def test_recolouring_is_brightness_then_contrast_then_saturation():
     found = draws("basic", 1)
     images = torch.rand(N, 3, 8, 6, generator=torch.Generator().manual_seed(2))
-    brightness, contrast, saturation = (
-        (0.7 + 0.6 * found[name])[:, None, None, None] for name in ("brightness", "contrast", "saturation")
-    )
+    names = "brightness", "contrast", "saturation"
+    brightness, contrast, saturation = ((0.7 + 0.6 * found[name])[:, None, None, None] for name in names)
     expected = images * brightness
     mean = expected.mean(dim=(1, 2, 3), keepdim=True)
     expected = mean + (expected - mean) * contrast

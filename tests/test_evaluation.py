@@ -50,9 +50,8 @@ def test_distances_between_boundaries_are_monais(distance):
     rng = np.random.default_rng(distance)
     pred, mask = (np.kron(rng.integers(0, 2, (2, 6, 6)), np.ones((5, 5), int)) for _ in range(2))
     planes = [torch.from_numpy(np.stack([x == 0, x == 1], axis=1)) for x in (pred, mask)]
-    theirs = [
-        compute_surface_dice(p[None], m[None], [distance] * 2, include_background=True)[0, 1] for p, m in zip(*planes)
-    ]
+    options = {"class_thresholds": [distance] * 2, "include_background": True}
+    theirs = [compute_surface_dice(p[None], m[None], **options)[0, 1] for p, m in zip(*planes)]
     ours = []
     for p, m in zip(pred.astype(np.uint8), mask.astype(np.uint8)):
         one = details.Details(SEVEN)

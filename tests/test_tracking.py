@@ -133,7 +133,10 @@ def train(processed, tmp_path):
 
 def files(folder):
     """W&B's files that hold a run, in order of time: an attempt that failed may leave an empty one, and names tell
-    whole seconds only."""
+    whole seconds only. Its service may go on writing for a moment."""
+    sizes = None
+    while sizes != (sizes := [path.stat().st_size for path in sorted(folder.rglob("*.wandb"))]):
+        time.sleep(1.5)
     paths = [path for path in folder.rglob("*.wandb") if not path.parent.is_symlink()]
     paths = [path for path in paths if any(record.HasField("run") for record in wandb_file.records(path))]
     return sorted(paths, key=lambda path: path.stat().st_mtime_ns)

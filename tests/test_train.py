@@ -314,8 +314,7 @@ def test_a_state_that_is_damaged_or_of_another_run_is_refused(sets, tmp_path):
 
 def test_memory_that_runs_out_while_reading_is_not_called_damage(sets, tmp_path, monkeypatch):
     learn(sets, tmp_path, epochs=1)
-    monkeypatch.setattr(
-        torch, "load", lambda *args, **more: (_ for _ in ()).throw(RuntimeError("can't allocate memory"))
-    )
+    error = RuntimeError("can't allocate memory")
+    monkeypatch.setattr(torch, "load", lambda *args, **more: (_ for _ in ()).throw(error))
     with pytest.raises(RuntimeError, match="can't allocate"):
         checkpoint.load_state(tmp_path, checkpoint.read_config(tmp_path))
