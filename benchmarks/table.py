@@ -26,8 +26,7 @@ def markdown(files: list[dict], against: tuple[str, ...] = ("",)) -> str:
         for row in (row for row in file["rows"] if any(text in row["against"] for text in against)):
             ratios = row["ratios"]
             spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-            speed = row["notes"].get("images_per_second", "–")
-            lines.append(f"| {row['what']} | {speed} | {row['against']} | {spread} |")
+            lines.append(f"| {row['what']} | {row['notes']['images_per_second']} | {row['against']} | {spread} |")
     places = {", ".join(f"{key} {file[key]}" for key in ABOUT) for file in files}
     note = "Medians of three interleaved rounds. "
     return "\n".join([*lines, "", note + "; ".join(sorted(places)) + "."])
@@ -59,7 +58,7 @@ def main() -> None:
             text = f"{before}{begin}{table}\n{end}{rest.split(end)[1]}"
         with atomic_open(ROOT / name) as file:
             file.write(text.encode())
-    print(text)
+        print("\n\n".join(found.values()))
 
 
 if __name__ == "__main__":

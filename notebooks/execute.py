@@ -67,8 +67,8 @@ def fill_answer(notebook: nbformat.NotebookNode, run: Path) -> None:
 
 def seeds_of(run: Path, results: dict) -> str:
     """How far seeds differ: measured for the quick schedule on drawn scenes, by report/plans/drawn.toml."""
-    plan, done = (ROOT / "report" / name for name in ("plans/drawn.toml", "results/drawn/summary.json"))
-    plan, done, config = read_plan(plan), read_json(done), read_config(run)
+    plan, config = read_plan(ROOT / "report" / "plans" / "drawn.toml"), read_config(run)
+    done = read_json(ROOT / "report" / "results" / "drawn" / "summary.json")
     facts = {"settings": config["settings"], "epochs": config["cycles"][-1]}
     like = not {*changed(plan, Job(results["stage"], 0, None), facts)} - {"seed", "precision"}
     like &= done["context"]["size"] == "{}x{}".format(*results["size"])

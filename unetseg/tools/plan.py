@@ -97,7 +97,7 @@ def run_plan(path: Path, data: Path, out: Path, results: Path, max_minutes: floa
     A finished run leaves results/<run>.npz; its folder under `out` is removed when no unfinished run starts from it.
     """
     plan, deadline = read_plan(path), time.monotonic() + 60 * (max_minutes or 1e9)
-    make_folder(results)
+    read_results(plan, make_folder(results))  # refuses what is out of date before any training
     ended = False
     while not ended:
         ended = True
@@ -204,8 +204,7 @@ def read_results(plan: dict, results: Path) -> dict[Job, tuple[dict, np.ndarray]
             other = changed(plan, job, facts)
             other += ["data"] * (facts["data_sha256"] != data.setdefault(job.fold, facts["data_sha256"]))
             if other:
-                advice = "delete it, or take another --results"
-                raise UserError(f"{path}: was made with other {', '.join(other)}; {advice}")
+                raise UserError(f"{path}: was made with other {', '.join(other)}; delete it, or take another --results")
     return found
 
 
