@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 from unetseg.checkpoint import read_config
 from unetseg.evaluation import headline, read_results
 from unetseg.files import make_folder, read_json
-from unetseg.tools.plan import Job, changed, read_plan
+from unetseg.tools.plan import Job, read_plan, recipe_of, whole
 
 NOTEBOOKS = {
     "scratch": "Model_Training_UNet_From_scratch.ipynb",
@@ -69,8 +69,8 @@ def seeds_of(run: Path, results: dict) -> str:
     """How far seeds differ: measured for the quick schedule on drawn scenes, by report/plans/drawn.toml."""
     plan, config = read_plan(ROOT / "report" / "plans" / "drawn.toml"), read_config(run)
     done = read_json(ROOT / "report" / "results" / "drawn" / "summary.json")
-    facts = {"settings": config["settings"], "epochs": config["cycles"][-1]}
-    like = not {*changed(plan, Job(results["stage"], 0, None), facts)} - {"seed", "precision"}
+    there, planned = whole(config["settings"]), recipe_of(plan, Job(results["stage"], 0, None))
+    like = all(there[key] == planned[key] for key in planned.keys() - {"init", "seed", "precision"})
     like &= done["context"]["size"] == "{}x{}".format(*results["size"])
     if not like or not all("/drawn_" in image for image in results["images"]):
         return "one seed, so a difference of a point or two to another run says nothing"

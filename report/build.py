@@ -39,7 +39,7 @@ DETAILS |= {"small people": "iou_by_size person small", "large people": "iou_by_
 DETAILS |= {"ECE": "calibration_error", "mIoU on val": "val mIoU"}
 RARE = {"recall of people": "recall person", "precision": "precision person"}
 MARKS = {"better": " ▲", "worse": " ▼"}
-MARKED = "▲ better, ▼ worse, after Holm's correction for the number of rows"
+MARKED = "▲ better, ▼ worse, after Holm's correction for the number of rows; one seed gets no verdict"
 STREET = ((512, 256), (0, 0, 3))  # size and seed of the scene that shows the occluders
 
 
@@ -62,8 +62,7 @@ def collect(home: Path) -> dict:
     stats = {path.stem.removeprefix("stats_"): read_json(path) for path in paths}
     context = {key: first[key] for key in ("split", "split_note", "num_images", "size", "parameters")}
     context["remarks"] = list(dict.fromkeys(remark for run in runs.values() for remark in run["results"]["remarks"]))
-    sessions = {"sessions": [run["results"] for run in runs.values()]}
-    context |= {key: joined(sessions, key) for key in ("device", "torch", "commit")}
+    context |= {key: joined([run["results"] for run in runs.values()], key) for key in ("device", "torch", "commit")}
     context |= {"void": first["trained_void"], **stored(config).facts()}
     context |= {f"{name}_images": len(config["data"][name]["images"]) for name in ("train", "val")}
     context |= {f"{name}_note": config["data"][name]["note"] for name in ("train", "val")}
@@ -141,13 +140,11 @@ def plan_contents(plan: dict) -> dict:
     best = [row for row in done if row["title"] in TITLES.values()]
     stages = " ".join(sentence(row, plan["rows"]) for row in best if row["control"] in plan["rows"])
     facts = {"name": plan["name"], "columns": PLAN_COLUMNS, "rows": plan_cells(plan), "note": plan_note(plan)}
-    facts |= {"folds": len(plan["folds"]), "single": any(len(row["seeds"]) < 2 for row in done)}
-    facts["findings"] = findings(done)
+    facts |= {"folds": len(plan["folds"]), "findings": findings(done), "discussion": discussion(plan["rows"])}
     columns = DETAILS | RARE
     facts["details"] = {"columns": list(columns), "rows": mean_cells(plan, columns.values())}
-    facts["discussion"] = discussion(plan["rows"])
     facts["occluded"] = any(key.startswith("lost_under") for row in done for key in row["mean"])
-    return facts | {"abstract": f"In the plan {where}: {stages}"}
+    return facts | {"abstract": f"In the plan {where}: {stages}" if stages else ""}
 
 
 def findings(rows: list[dict]) -> list[str]:
@@ -157,7 +154,7 @@ def findings(rows: list[dict]) -> list[str]:
         groups: dict[str, list[str]] = {}
         for row in rows:
             verdict = row.get(f"{key}_against_control", {})
-            if "interval" in verdict:
+            if "verdict" in verdict:
                 groups.setdefault(verdict["verdict"], []).append(row["title"])
         parts = [f"{verdict}: {', '.join(titles)}" for verdict, titles in sorted(groups.items())]
         said += [f"In {what}, against their controls, {'; '.join(parts)}."] if parts else []
@@ -165,19 +162,14 @@ def findings(rows: list[dict]) -> list[str]:
 
 
 def discussion(rows: dict) -> list[str]:
-    """What class weights and occlusion do, in numbers, where a plan has rows for each alone and their control."""
-    said, pairs = [], {}
-    for row in (row for row in rows.values() if "control_mean" in row):
-        pairs[row["title"]] = row["control_mean"], row["mean"]
-    weighted, occluded = (pairs.get(title) for title in ("weighted CE", "CE + occlusion"))
-    if weighted:
-        shares = [" to ".join(f"{mean[key]:.2f}".lstrip("0") for mean in weighted) for key in RARE.values()]
-        moved = "recall goes from {}, precision from {}".format(*shares)
-        said.append(f"Class weights move people from missed to over-predicted: {moved}.")
-    if occluded:
-        lost = [f"{np.mean(lost_by_kind(mean)):.3f}".lstrip("0") for mean in reversed(occluded)]
-        said.append(f"Occluders alone do what they are for: visible pixels lose {' instead of '.join(lost)} mIoU.")
-    return said
+    """What class weights do to people, in numbers, where a plan has a row for them alone and its control."""
+    row = next((row for row in rows.values() if row["title"] == "weights 1 / sqrt(frequency)"), {})
+    if "control_mean" not in row:
+        return []
+    sides = row["control_mean"], row["mean"]
+    shares = [" to ".join(f"{mean[key]:.2f}".lstrip("0") for mean in sides) for key in RARE.values()]
+    moved = "recall goes from {}, precision from {}".format(*shares)
+    return [f"Class weights move people from missed to over-predicted: {moved}."]
 
 
 def lost_by_kind(mean: dict) -> list[float]:
@@ -200,7 +192,7 @@ def phrase(verdict: dict) -> str:
         return f"without a verdict ({verdict['reason']})"
     low, high = (100 * end for end in verdict["interval"])
     points = f"{100 * verdict['difference']:+.1f} points, {low:+.1f} to {high:+.1f}".replace("-", "−")
-    return f"{verdict['verdict']} ({points})"
+    return f"{verdict.get('verdict', 'without a verdict, for one seed')} ({points})"
 
 
 def as_text(value: object) -> object:
@@ -239,7 +231,8 @@ def plan_cells(summary: dict) -> dict[str, list[str]]:
             said = f"{100 * verdict['difference']:+.1f} ({100 * ends[0]:+.1f} to {100 * ends[1]:+.1f})" if ends else "–"
             cells.append(said + MARKS.get(verdict.get("verdict"), ""))
         rows[row["title"]] = [cell.replace("0.", ".") if cell[0] == "0" else cell for cell in cells]
-        rows[row["title"]].append(str(len(row["seeds"])))
+        more = row["runs"] - len(row["seeds"]) * len(summary["folds"])
+        rows[row["title"]].append(f"{len(row['seeds'])}" + f" + {more} folds" * (more > 0))
     return rows
 
 
@@ -266,7 +259,7 @@ def plan_note(summary: dict) -> str:
 def stage_table(summary: dict) -> str:
     """The stages and their control, for a first look."""
     kept = {name: row for name, row in summary["rows"].items() if name in FIRST and "mean" in row}
-    cells = {row: [*found[:2], *found[3:]] for row, found in plan_cells({"rows": kept}).items()}
+    cells = {row: [*found[:2], *found[3:]] for row, found in plan_cells(summary | {"rows": kept}).items()}
     where = f"{summary['name']}, {summary['context']['size']}, means over {len(summary['folds'])} folds"
     note = f"{where}. Points: to the row above (fine-tunings: to the control), under the same seeds; {MARKED}."
     return markdown([*PLAN_COLUMNS[:2], *PLAN_COLUMNS[3:]], cells, note)
@@ -283,8 +276,15 @@ def class_table(summary: dict) -> str:
     means = next(row["mean"] for row in summary["rows"].values() if "mean" in row)
     keys = {key.removeprefix("scores "): key for key in means if key.startswith("scores ")}
     keys |= RARE | {"mIoU on val": "val mIoU"}
-    note = "Means over folds and seeds. On val, which is beside the folds, newer runs alone were scored."
+    note = "Means over folds and seeds. Only the newer runs were also scored on val, which is not one of the folds."
     return markdown([*keys], mean_cells(summary, keys.values()), note)
+
+
+def weighting_table(summary: dict) -> str:
+    """Class weights: what they do to the recall and the precision of people."""
+    shares, columns = mean_cells(summary, RARE.values()), [*PLAN_COLUMNS[:2], *RARE, *PLAN_COLUMNS[3:5]]
+    cells = {row: [*found[:2], *shares[row], *found[3:5]] for row, found in plan_cells(summary).items()}
+    return markdown(columns, cells, plan_note(summary))
 
 
 def plan_table(summary: dict) -> str:
@@ -294,7 +294,8 @@ def plan_table(summary: dict) -> str:
 
 # of each text: the marker, the plan, and what stands there
 TEXTS = {"README.md": [("results", "camvid7", stage_table)], "docs/results.md": [("camvid7", "camvid7", plan_table)]}
-TEXTS["docs/results.md"] += [("classes", "camvid7", class_table), ("drawn", "drawn", plan_table)]
+TEXTS["docs/results.md"] += [("classes", "camvid7", class_table), ("weighting", "weighting", weighting_table)]
+TEXTS["docs/results.md"] += [("drawn", "drawn", plan_table)]
 
 
 def tables(plans: dict[str, dict]) -> dict[str, dict[str, str]]:

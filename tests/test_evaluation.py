@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import command, process
 from monai.metrics import compute_surface_dice
+from scipy import stats
 from torchmetrics.classification import MulticlassCalibrationError
 
 from unetseg import evaluation
@@ -115,8 +116,8 @@ def test_blocks_cover_ten_seconds():
     assert not compare.time_blocks(["a", "b"])[1] and len(set(compare.time_blocks(["a", "b"])[0])) == 2
 
 
-@pytest.mark.parametrize("seeds, spread", [(1, 0.0), (3, 0.02)])
-def test_no_difference_is_claimed_more_than_once_in_twenty(seeds, spread, monkeypatch):
+@pytest.mark.parametrize("seeds, spread, paired", [(1, 0.0, False), (3, 0.02, False), (3, 0.02, True)])
+def test_no_difference_is_claimed_more_than_once_in_twenty(seeds, spread, paired, monkeypatch):
     monkeypatch.setattr(compare, "DRAWS", 300)
     rng, claims, number = np.random.default_rng(5), 0, 200
     for _ in range(number):
@@ -126,7 +127,7 @@ def test_no_difference_is_claimed_more_than_once_in_twenty(seeds, spread, monkey
             shared = np.random.default_rng(state)  # the same images, so the same difficulty
             hard = shared.normal(0, 0.08, 12)
             pair.append(with_difficulty(rng, hard, seeds, spread))
-        found = compare.verdicts({"x": compare.difference(*pair, np.repeat(np.arange(12), 4))})["x"]
+        found = compare.verdicts({"x": compare.difference(*pair, np.repeat(np.arange(12), 4), paired=paired)})["x"]
         claims += found["verdict"] != "not distinguishable"
         rng.random()
     assert claims <= 0.05 * number, claims
@@ -159,6 +160,17 @@ def test_a_large_difference_is_found_and_few_blocks_give_no_verdict():
     assert low < found["b"]["difference"] < high and found["a"]["difference"] == 0
     few = compare.difference(a[:, :36], b[:, :36], blocks[:36])
     assert "interval" not in few and few["reason"].startswith("the images make 9 of the 10 blocks")
+
+
+def test_the_interval_of_pairs_is_that_of_their_differences():
+    """Where all blocks are alike, it is Student's of the three differences 1, 2 and 3, however far apart the pairs."""
+    a, b = np.zeros((3, 12, 4, 3), int), np.zeros((3, 12, 4, 3), int)
+    a[:, :, 0, 0], b[:, :, 0, 0] = np.array([[10], [50], [30]]), np.array([[11], [52], [33]])
+    score = lambda counts, void: counts[..., 0, 0] / 12  # noqa: E731
+    found = compare.difference(a, b, np.arange(12), score=score, paired=True)
+    half = stats.t.ppf(0.975, 2) / 3**0.5
+    assert found["difference"] == 2 and found["interval"] == pytest.approx([2 - half, 2 + half])
+    assert compare.difference(a, b, np.arange(12), score=score)["interval"][0] < -40
 
 
 def test_holm_multiplies_the_smallest_p_by_all():

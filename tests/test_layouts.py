@@ -13,26 +13,17 @@ from unetseg.classes import CLASS_SETS
 from unetseg.files import UserError, read_json
 from unetseg.images import cv2
 from unetseg.processed import pair_paths
-from unetseg.tools import doctor, judge, kaggle, preprocess
+from unetseg.tools import doctor, judge, kaggle, layouts, preprocess
 from unetseg.tools.class_files import read_class_file
-from unetseg.tools.layouts import (
-    CAMVID_ROWS,
-    CITYSCAPES_COLOURS,
-    TRAIN_IDS,
-    ImagePairs,
-    find_data,
-    find_data_sets,
-    segnet_split,
-)
 from unetseg.tools.scenes import draw_scene
 
 NUMBER = {"train": 6, "val": 4}
 COLOURS = np.zeros((256, 3), np.uint8)  # of Cityscapes' label ids
-for colour, id_ in CITYSCAPES_COLOURS.items():
+for colour, id_ in layouts.CITYSCAPES_COLOURS.items():
     COLOURS[id_] = colour
 COLOURS[18] = COLOURS[17]
 TO_TRAIN_ID = np.full(256, 255, np.uint8)
-TO_TRAIN_ID[TRAIN_IDS[:19]] = np.arange(19)
+TO_TRAIN_ID[layouts.TRAIN_IDS[:19]] = np.arange(19)
 SEGNET = CLASS_SETS["camvid7"].lookup
 
 
@@ -123,7 +114,7 @@ def test_every_copy_of_cityscapes_gives_the_masks_of_the_official_one(layout, sc
     official(tmp_path / "official", scenes)
     assert process(tmp_path / "official", tmp_path / "reference", "--size", "32") == 0
     monkeypatch.setattr(kaggle, "KAGGLE", tmp_path)
-    (data_set,), _ = find_data_sets(tmp_path / "input")
+    (data_set,), _ = layouts.find_data_sets(tmp_path / "input")
     assert process(tmp_path / "input", tmp_path / "out", "--size", "32") == 0
     if layout == "KITTI":
         assert len(masks(tmp_path / "out", "train")) == 10
@@ -145,8 +136,8 @@ def camvid_ids(ids):
     return table[ids]
 
 
-FIRST = [next(n for n, row in enumerate(CAMVID_ROWS) if row[3] == c) for c in range(12)]  # an id among 32 of each class
-PALETTE = np.array([row[:3] for row in CAMVID_ROWS], np.uint8)
+FIRST = [next(n for n, row in enumerate(layouts.CAMVID_ROWS) if row[3] == c) for c in range(12)]  # of 32 ids
+PALETTE = np.array([row[:3] for row in layouts.CAMVID_ROWS], np.uint8)
 FRAMES = {"train": ["0006R0_f00930", "0016E5_07920", "0001TP_008520"], "val": ["0016E5_07959", "0016E5_08159"]}
 FRAMES["test"] = ["Seq05VD_f00000", "0001TP_008550"]
 
@@ -205,7 +196,7 @@ def test_the_given_split_of_kaggles_camvid_is_kept_on_request_and_marked(scenes,
 def test_segnets_split_is_that_of_the_real_names(camvid):
     for split in ("train", "val"):
         stems = [path.stem for path in (camvid / split).glob("*.png")]
-        assert {segnet_split(stem) for stem in stems} == {split} and len(stems) > 100
+        assert {layouts.segnet_split(stem) for stem in stems} == {split} and len(stems) > 100
 
 
 @pytest.mark.parametrize("quality", [75, 90, 95])
@@ -220,7 +211,7 @@ def test_jpeg_colours_agree_with_the_true_ids_of_real_frames(cityscapes_sample, 
         shown = cv2.resize(COLOURS[ids], (256, 256), interpolation=cv2.INTER_AREA) if averaged else COLOURS[true]
         buffer = io.BytesIO()
         Image.fromarray(np.hstack([shown, shown])).save(buffer, "JPEG", quality=quality)
-        found = seven[ImagePairs().read_labels(path, buffer.getvalue(), None)]
+        found = seven[layouts.ImagePairs().read_labels(path, buffer.getvalue(), None)]
         edge = cv2.dilate(np.uint8(cv2.morphologyEx(true, cv2.MORPH_GRADIENT, ones) > 0), ones) > 0
         valid, truth = seven[true] != 255, seven[true]
         inside, near = valid & ~edge, valid & edge
@@ -337,7 +328,7 @@ def test_a_class_file_in_colours_does_not_fit_a_layout_of_ids(scenes, tmp_path, 
 def test_one_bad_file_does_not_hide_a_data_set(scenes, tmp_path):
     CITYSCAPES["colour folders"](tmp_path, scenes)
     (tmp_path / "train" / "label" / "1.png").write_bytes(b"cut")
-    assert find_data(tmp_path).layout.name == "cityscapes-colours"
+    assert layouts.find_data(tmp_path).layout.name == "cityscapes-colours"
     assert process(tmp_path, tmp_path / "out", "--size", "32") == 1
     assert read_json(tmp_path / "out" / "stats_train.json")["num_images"] == 5
 
@@ -437,11 +428,11 @@ def test_an_unknown_layout_is_shown_and_several_are_listed(scenes, tmp_path):
     with pytest.raises(
         UserError, match=r"expected .* of docs/data.md; found frames/a/ with 1 files like one.png, 256x128"
     ):
-        find_data(tmp_path)
+        layouts.find_data(tmp_path)
     (tmp_path / "leftImg8bit_trainvaltest.zip").touch()
     with pytest.raises(UserError, match=r"one.png, 256x128, .*trainvaltest.zip is not unpacked"):
-        find_data(tmp_path)
+        layouts.find_data(tmp_path)
     for name in ("a", "b"):
         official(tmp_path / name, scenes)
     with pytest.raises(UserError, match=r"expected one data set, found 2; name one of them: .*/a \(cityscapes\); .*/b"):
-        find_data(tmp_path)
+        layouts.find_data(tmp_path)

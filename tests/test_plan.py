@@ -1,6 +1,7 @@
 """Folds that hold out stretches of time, and plans of runs: what is done, skipped, resumed, summed up, refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -114,7 +115,7 @@ def check_summary(results):
     for seed in (0, 1):
         files = [np.load(results / f"ce_dice-seed{seed}-fold{fold}.npz") for fold in (0, 1)]
         facts = [json.loads(str(file["facts"])) for file in files]
-        assert all(fact["start"]["settings"]["stage"] == "scratch" for fact in facts)
+        assert all(fact["recipe"]["init"]["stage"] == "scratch" for fact in facts)
         pooled = [pooled_miou(file["confusions"].sum(axis=0), "ignore") for file in files]
         assert pooled == [fact["scores"]["mIoU"] for fact in facts]
         by_seed.append(np.mean(pooled))
@@ -132,7 +133,11 @@ def check_summary(results):
     (("epochs = 1", "epochs = 0"), "epochs: expected a whole number from 1"),
     (('precision = "fp32"', ""), "no 'precision'"),
     (('name = "try"', ""), "no 'name'"),
-    (("seeds = [0, 1]", "seeds = []"), "a plan without rows or seeds"),
+    (("seeds = [0, 1]", "seeds = []"), "no rows, seeds or folds"),
+    (("seeds = [0, 1]", "seeds = [1, 1]"), "one of them twice"),
+    (("folds = [0, 1]", "folds = [0, 4]"), "fold: expected a whole number from 0 to 3"),
+    (('"fp32"', '"auto"'), "or precision auto"),
+    (("channels = 4", "seed = 4"), "the unknown seed"),
 ])  # fmt: skip
 def test_a_plan_with_a_mistake_is_refused_in_one_line(a_plan, change, said):
     a_plan.write_text(PLAN.replace(*change))
@@ -149,33 +154,38 @@ def test_the_plans_of_the_repository_can_be_read(path, monkeypatch):
     assert plan.read_results(found, results).keys() <= {*plan.jobs_of(found)}
 
 
-def test_results_of_other_settings_or_starts_are_refused_before_any_training(monkeypatch, tmp_path):
-    found, results = plan.read_plan(ROOT / "report" / "plans" / "camvid7.toml"), ROOT / "report" / "results" / "camvid7"
-    first, job = plan.Job("scratch", 0, 0), plan.Job("weighted_ce", 0, 0)
-    facts = plan.read_result(plan.results_path(results, job))[0] | {"start": plan.start_of(found, job, results)}
-    assert not plan.start_of(found, first, results) and not plan.changed(found, job, facts)
-    del found["rows"]["weighted_ce"]["occlusion"]
-    assert plan.changed(found, job, facts) == ["occlusion"]
-    found["rows"]["scratch"]["epochs"] = 100
-    assert plan.changed(found, job, facts) == ["occlusion", "init"]
-    found["rows"]["weighted_ce"]["init"] = str(ROOT / "weights" / "unet-drawn.safetensors")
-    assert plan.changed(found, job, facts) == ["occlusion", "init"]
-    found["settings"]["channels"] = 32
-    monkeypatch.setattr(plan, "read_plan", lambda path: found)
-    with pytest.raises(UserError, match=r"npz: was made with other channels, epochs; delete it"):
-        plan.run_plan(tmp_path, tmp_path, tmp_path, results)
+DRAWN = str(ROOT / "weights" / "unet-drawn.safetensors")
+
+
+@pytest.mark.parametrize("row, change, other", [
+    ("control", {}, ""),
+    ("control", {"occlusion": 0.5}, "occlusion"),
+    ("control", {"init": DRAWN}, "init"),
+    ("scratch", {"epochs": 100}, "init"),
+    ("scratch", {"channels": None}, "init"),
+])  # fmt: skip
+def test_results_of_other_recipes_or_data_are_refused(row, change, other, tmp_path):
+    found = plan.read_plan(ROOT / "report" / "plans" / "camvid7.toml")
+    shutil.copy(ROOT / "report" / "results" / "camvid7" / "control-seed1-fold0.npz", tmp_path)
+    found["rows"][row] |= change
+    with pytest.raises(UserError, match=f"npz: was made with other {other or 'data'}; delete it"):
+        plan.read_results(found, tmp_path, {0: {"trained": "", "scored": ""}} if not other else None)
 
 
 def test_nothing_starts_from_a_training_that_is_not_finished(tmp_path, monkeypatch):
-    """A first row whose result is there, but not its weights, is trained again before the second begins."""
-    rows = {"first": {}, "second": {"init": "first"}}
-    found, (first, second) = {"rows": rows}, (plan.Job(row, 0, None) for row in rows)
-    plan.results_path(tmp_path, first).touch()
-    assert plan.is_next(found, first, tmp_path, tmp_path) and not plan.is_next(found, second, tmp_path, tmp_path)
-    (tmp_path / first.name).mkdir()
-    (tmp_path / first.name / "model.safetensors").touch()
+    """A row whose result is there, but not its weights, is trained again before what starts from it, and so on."""
+    rows = {"first": {}, "second": {"init": "first"}, "third": {"init": "second"}}
+    found, jobs = {"rows": rows}, [plan.Job(row, 0, None) for row in rows]
+    trained = []
+    monkeypatch.setattr(plan, "is_trained", lambda run: run.name in trained)
+    for job in jobs[:2]:
+        plan.path_of(tmp_path, job).touch()
+    for job in jobs:
+        assert [plan.is_next(found, other, tmp_path, tmp_path) for other in jobs] == [other == job for other in jobs]
+        trained.append(job.name)
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.undo()
     monkeypatch.setattr(plan.checkpoint, "read_about", lambda run: None)
     for unfinished in ("1 of 2 epochs", ""):
         monkeypatch.setattr(plan.checkpoint, "unfinished", lambda about, said=unfinished: said)
-        assert plan.is_next(found, first, tmp_path, tmp_path) == bool(unfinished)
-        assert plan.is_next(found, second, tmp_path, tmp_path) != bool(unfinished)
+        assert plan.is_trained(tmp_path) != bool(unfinished)

@@ -5,19 +5,8 @@ import argparse
 import numpy as np
 import pytest
 
-from unetseg.settings import (
-    INHERITED,
-    KNOBS,
-    PRESETS,
-    Settings,
-    SettingsError,
-    add_flags,
-    check,
-    choices_of,
-    complete,
-    named_by,
-    with_preset,
-)
+from unetseg import settings
+from unetseg.settings import INHERITED, KNOBS, PRESETS, Settings, SettingsError, check, choices_of, complete
 
 
 @pytest.mark.parametrize("setting, expected", [
@@ -50,20 +39,20 @@ def test_the_defaults_and_every_name_in_a_registry_are_valid():
 
 @pytest.mark.parametrize("stage", PRESETS)
 def test_a_preset_fills_what_is_not_given_and_nothing_else(stage):
-    filled = with_preset(Settings(stage, init="x"))
+    filled = settings.with_preset(Settings(stage, init="x"))
     assert {name: getattr(filled, name) for name in PRESETS[stage]} == PRESETS[stage]
-    asked = with_preset(Settings(stage, init="x", loss="dice", occlusion=0.25, epochs=7))
+    asked = settings.with_preset(Settings(stage, init="x", loss="dice", occlusion=0.25, epochs=7))
     assert (asked.loss, asked.occlusion, asked.epochs, asked.lr) == ("dice", 0.25, 7, PRESETS[stage]["lr"])
 
 
 def test_a_fine_tuning_needs_weights_to_start_from():
     with pytest.raises(SettingsError, match="is a fine-tuning: name the run or weights"):
-        with_preset(Settings("ce_dice"))
+        settings.with_preset(Settings("ce_dice"))
 
 
 def test_every_setting_has_a_flag_of_its_type():
     parser = argparse.ArgumentParser()
-    add_flags(parser)
+    settings.add_flags(parser)
     given = ["scratch", "--data=d", "--out=o", "--epochs=3", "--lr=1e-3", "--compile", "--aim-at", "person", "rider"]
     args = vars(parser.parse_args(given))
     assert args.keys() == KNOBS.keys()
@@ -80,5 +69,5 @@ def test_settings_of_another_version_get_todays_defaults():
 
 
 def test_a_function_gets_the_settings_it_names():
-    assert named_by(lambda logits, mask, dice_share, gamma=2: 0, vars(Settings())) == {"dice_share": 0.5}
+    assert settings.named_by(lambda logits, mask, dice_share, gamma=2: 0, vars(Settings())) == {"dice_share": 0.5}
     assert np.isclose(Settings(lr=1).lr, 1.0) and check(Settings(lr=1))  # a whole number is a number

@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", type=Path, required=True, help="processed folder")
     add("--out", type=Path, required=True, help="folder of the runs")
     add("--results", type=Path, help="folder of the small results files (OUT/results)")
-    add("--max-minutes", type=float, help="stop in time, with everything saved")
+    add("--max-minutes", type=float, default=float("inf"), help="stop in time, with everything saved")
     add = commands.add_parser("classes", help="write a first class file for your own images and masks").add_argument
     add("folder", type=Path, help="with a folder of images and one of masks")
     add("--out", type=Path, help="default: classes.toml in the folder")

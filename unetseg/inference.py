@@ -66,20 +66,21 @@ def predict(
     small = torch.from_numpy(shrink(image, canvas)).to(next(model.parameters()).device)
     small = small.permute(2, 0, 1)[None] / 255  # (1, 3, h, w)
     if tiles == 1:
-        logits = _logits(model, small, precision, flip)
+        logits = class_scores(model, small, precision, flip)
     else:
         tent = [torch.bartlett_window(side + 2, periodic=False)[1:-1].to(small) for side in size]
         weight, logits = tent[1][:, None] * tent[0], None
         for row, column in product(range(tiles), repeat=2):
             y, x = row * (3 * size[1] // 4), column * (3 * size[0] // 4)
             place = (..., slice(y, y + size[1]), slice(x, x + size[0]))
-            probs = _logits(model, small[place], precision, flip).softmax(dim=1) * weight
+            probs = class_scores(model, small[place], precision, flip).softmax(dim=1) * weight
             logits = small.new_zeros(1, probs.shape[1], *small.shape[2:]) if logits is None else logits
             logits[place] += probs  # the class with the largest sum wins; no need to divide
     return _classes_at(logits[0].cpu().numpy(), image.shape[1::-1])
 
 
-def _logits(model: nn.Module, images: Tensor, precision: str, flip: bool) -> Tensor:
+def class_scores(model: nn.Module, images: Tensor, precision: str, flip: bool) -> Tensor:
+    """Logits (N, C, H, W); with `flip`, logarithms of the probabilities summed over an image and its mirror image."""
     logits = forward(model, images, precision)
     if flip:
         mirrored = forward(model, images.flip(-1), precision).flip(-1)

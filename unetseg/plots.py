@@ -119,10 +119,9 @@ def verdicts(rows: Iterable[dict]) -> Figure:
             if "interval" not in found:
                 continue
             low, middle, high = 100 * np.array([found["interval"][0], found["difference"], found["interval"][1]])
-            sure = found["verdict"] in ("better", "worse")
-            colour = STAGE_COLOURS[2] if found["verdict"] == "better" else "#D55E00" if sure else "0.5"
+            colour = {"better": STAGE_COLOURS[2], "worse": "#D55E00"}.get(found.get("verdict"), "0.5")
             ax.plot([low, high], [place, place], color=colour, lw=1.5)
-            ax.plot(middle, place, "o", ms=5, color=colour, mfc=colour if sure else "white")
+            ax.plot(middle, place, "o", ms=5, color=colour, mfc="white" if colour == "0.5" else colour)
         ax.axvline(0, color="0.3", lw=0.8)
         ax.set(xlabel=f"points of {name}")
         ax.set_yticks(range(len(rows)), [row["title"] for row in rows], fontsize=8)

@@ -116,13 +116,12 @@ def training_splits(fold: int | None) -> tuple[str, str]:
     return ("train", "val") if fold is None else (f"not_fold{fold}", f"fold{fold}")
 
 
-def scored_split(processed: Path) -> str:
-    """The split that final scores are taken on: "test" where there is one, else "val"."""
+def scored_split(processed: Path, fold: int | None = None) -> str:
+    """The split for final scores: the fold that was held out, else "test" where there is one, else "val"."""
     try:
-        find_split(processed, "test")
+        return find_split(processed, "test").name if fold is None else f"fold{fold}"
     except NoSplit:
         return "val"
-    return "test"
 
 
 def read_stats(processed: Path, folder: str) -> dict:

@@ -39,33 +39,36 @@ def pooled_miou(confusions: np.ndarray, void: str) -> np.ndarray:
     return np.nanmean(iou(under_rule(confusions, void)), axis=-1)
 
 
-def difference(a: np.ndarray, b: np.ndarray, blocks: np.ndarray, void="ignore", score=pooled_miou, seed=0) -> dict:
+def difference(
+    a: np.ndarray, b: np.ndarray, blocks: np.ndarray, void="ignore", score=pooled_miou, paired=False
+) -> dict:
     """The pooled score (mIoU) of group `b` minus that of `a`, with a 95 % interval and a p-value.
 
     a, b    (S, N, C + 1, C) counts: seeds x images; the same N images, as many seeds as there are
     blocks  (N,) the block of each image, which is drawn as a whole
+    paired  whether seed k of `b` belongs to seed k of `a`, as where both started from the same weights
     A paired bootstrap draws blocks of images; seeds are a second level. Both variances are corrected for the few that
     were drawn from, and the interval is Student's with Welch and Satterthwaite's degrees of freedom, because the
     percentiles of a few blocks are too narrow. After Efron & Tibshirani, "An Introduction to the Bootstrap", 1993.
     """
-    rng, names = np.random.default_rng(seed), np.unique(blocks)
+    rng, names = np.random.default_rng(0), np.unique(blocks)
     number = len(names)
     per_block = [np.stack([group[:, blocks == name].sum(axis=1) for name in names], axis=1) for group in (a, b)]
     scores = [score(group.sum(axis=1), void) for group in per_block]  # (S,) each
     found = {"difference": float(scores[1].mean() - scores[0].mean()), "blocks": number, "seeds": [len(a), len(b)]}
     if number < LEAST_BLOCKS:
-        said = f"the images make {number} of the {LEAST_BLOCKS} blocks of {SECONDS} s that an interval needs"
-        return found | {"reason": said}
+        return found | {"reason": f"the images make {number} of the {LEAST_BLOCKS} blocks of {SECONDS} s that it takes"}
     draws = rng.multinomial(number, np.full(number, 1 / number), size=DRAWS)  # how often each block is drawn
     drawn = [[score(np.einsum("db,bij->dij", draws, run), void) for run in group] for group in per_block]
-    means = [np.mean(group, axis=0) for group in drawn]
-    parts = [(np.var(means[1] - means[0], ddof=1) * number / (number - 1), number - 1)]
-    parts += [(np.var(group, ddof=1) / len(group), len(group) - 1) for group in scores if len(group) > 1]
+    parts = [(np.var(np.mean(drawn[1], 0) - np.mean(drawn[0], 0), ddof=1) * number / (number - 1), number - 1)]
+    spreads = [scores[1] - scores[0]] if paired else scores
+    parts += [(np.var(group, ddof=1) / len(group), len(group) - 1) for group in spreads if len(group) > 1]
     variance = sum(part for part, _ in parts)
     freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts) if variance else number - 1
     half = float(stats.t.ppf(1 - LEVEL / 2, freedom) * np.sqrt(variance))
-    size = abs(found["difference"])
-    p = float(2 * stats.t.sf(size / np.sqrt(variance), freedom) if variance else size == 0)
+    p = float(
+        2 * stats.t.sf(abs(found["difference"]) / variance**0.5, freedom) if variance else not found["difference"]
+    )
     return found | {"interval": [found["difference"] - half, found["difference"] + half], "p": p}
 
 
@@ -100,10 +103,14 @@ def compare_runs(base: list[Path], others: dict[str, list[Path]], split: str | N
     everything = [results for group in read.values() for results, _ in group]
     comparable(everything)
     groups = {name: np.stack([confusions for _, confusions in group]) for name, group in read.items()}
-    blocks, timed = time_blocks([image.partition("/")[2] for image in everything[0]["images"]])
-    void, about = everything[0]["trained_void"], {"score": "mIoU", "split": everything[0]["split"]}
-    about |= {"images": len(blocks), "names_tell_time": timed}
-    return verdicts({name: difference(groups[""], groups[name], blocks, void) | about for name in others})
+    return verdicts({name: difference_over(groups[""], groups[name], everything[0]) for name in others})
+
+
+def difference_over(a: np.ndarray, b: np.ndarray, scored: dict, **more: object) -> dict:
+    """`difference` on what was scored: `images`, `split` and `trained_void` of results."""
+    blocks, timed = time_blocks([image.partition("/")[2] for image in scored["images"]])
+    about = {"score": "mIoU", "split": scored["split"], "images": len(blocks), "names_tell_time": timed}
+    return difference(a, b, blocks, scored["trained_void"], **more) | about
 
 
 def verdict_line(name: str, found: dict) -> str:
@@ -115,5 +122,5 @@ def verdict_line(name: str, found: dict) -> str:
     low, high = (100 * end for end in found["interval"])
     seeds = "" if min(found["seeds"]) > 1 else "; one seed each: what another seed would change is not in it"
     what = f"{found['blocks']} blocks of {SECONDS} s" if found["names_tell_time"] else f"{found['blocks']} images"
-    verdict = f"{found['verdict']} (p {found['p_holm']:.3f})"
+    verdict = f"{found['verdict']} (p {found['p_holm']:.3f})" if "verdict" in found else "no verdict"
     return f"{line}, 95 % interval {low:+.2f} to {high:+.2f} ({what}{seeds}): {verdict}"

@@ -25,7 +25,7 @@ def evaluate_run(run: Path, processed: Path, split: str | None = None) -> dict:
     Returns what it writes to results_<split>.json: scores, confusion matrix, and the context they hold in.
     """
     config, (model, about) = checkpoint.read_config(run), trained_model(run)
-    dataset = load_split(processed, split or default_split(config, processed))
+    dataset = load_split(processed, split or scored_split(processed, config["settings"]["fold"]))
     found = {"classes": list(dataset.class_set.names), "width": dataset.size[0], "height": dataset.size[1]}
     if changed := checkpoint.differences(about, found):
         raise UserError("\n".join([f"{processed}: expected data like those {run} was trained on:", *changed]))
@@ -39,7 +39,7 @@ def evaluate_run(run: Path, processed: Path, split: str | None = None) -> dict:
     results["remarks"] = remarks(config, history, dataset.split, processed)
     results |= {"num_images": len(dataset), "size": list(dataset.size), "class_set": dataset.class_set.name}
     results |= {key: config["settings"][key] for key in ("stage", "seed", "precision")}
-    results |= {key: joined(config, key) for key in ("device", "torch", "commit")}
+    results |= {key: joined(config["sessions"], key) for key in ("device", "torch", "commit")}
     results |= {"epochs": len(history), "trained_void": about["void"]}
     results |= {"train_seconds": sum(r["seconds"] for r in history), "images_per_second": len(dataset) / result.seconds}
     results |= {"parameters": sum(weight.numel() for weight in model.parameters())}
@@ -49,12 +49,6 @@ def evaluate_run(run: Path, processed: Path, split: str | None = None) -> dict:
     results["details"] = details.summary() | spread(result.confusions, [*dataset.split.checked], about["void"])
     keep(run, results, result.confusions)
     return results
-
-
-def default_split(config: dict, processed: Path) -> str:
-    """The split to score a run on where none is named."""
-    fold = config["settings"]["fold"]
-    return scored_split(processed) if fold is None else f"fold{fold}"
 
 
 def keep(run: Path, results: dict, confusions: np.ndarray) -> None:
@@ -67,9 +61,9 @@ def keep(run: Path, results: dict, confusions: np.ndarray) -> None:
         tqdm.write(f"warning: the scores are not kept: {error}")
 
 
-def joined(config: dict, key: str) -> str:
-    """A fact of all sessions that trained a run, such as its commits."""
-    return " / ".join(dict.fromkeys(session[key] for session in config["sessions"]))
+def joined(sessions: list[dict], key: str) -> str:
+    """A fact of all sessions that trained a run, or of several runs, such as their commits."""
+    return " / ".join(dict.fromkeys(session[key] for session in sessions))
 
 
 def remarks(config: dict, history: list[dict], split: Split, processed: Path) -> list[str]:

@@ -16,12 +16,11 @@ from .. import checkpoint, commit, plots
 from ..data import SegmentationSet, load_split
 from ..files import UserError, write_json
 from ..images import cv2
-from ..inference import trained_model
+from ..inference import class_scores, trained_model
 from ..metrics import confusion_matrices, miou, under_rule
-from ..train import forward
+from ..processed import scored_split
 from .compare import difference, time_blocks
 from .details import THINGS
-from .results import default_split
 from .results import number as as_text
 
 COVERAGE = (0.1, 0.2, 0.3, 0.4, 0.5)  # shares of the image
@@ -116,12 +115,12 @@ def conditions() -> Iterator[tuple[str, float, bool]]:
 
 
 @torch.inference_mode()
-def predict_all(model: torch.nn.Module, images: np.ndarray, batch: int = 8) -> np.ndarray:
-    """Class ids (N, H, W) of images (N, H, W, 3) uint8, in fp32."""
+def predict_all(model: torch.nn.Module, images: np.ndarray, flip: bool = False) -> np.ndarray:
+    """Class ids (N, H, W) of images (N, H, W, 3) uint8, in fp32; with `flip`, of the mean over their mirror images."""
     device, found = next(model.parameters()).device, []
-    for start in range(0, len(images), batch):
-        part = torch.from_numpy(images[start : start + batch]).to(device).permute(0, 3, 1, 2) / 255
-        found.append(forward(model, part, "fp32").argmax(dim=1).cpu().numpy())
+    for start in range(0, len(images), 8):
+        part = torch.from_numpy(images[start : start + 8]).to(device).permute(0, 3, 1, 2) / 255
+        found.append(class_scores(model, part, "fp32", flip).argmax(dim=1).cpu().numpy())
     return np.concatenate(found)
 
 
@@ -197,7 +196,7 @@ def corruption_scores(model: torch.nn.Module, dataset: SegmentationSet, clean: n
 def robustness(run: Path, processed: Path, split: str | None = None) -> dict:
     """Both benchmarks for a run; written to robustness_<split>.json with all that they depend on."""
     model, about = trained_model(run)
-    dataset = load_split(processed, split or default_split(checkpoint.read_config(run), processed))
+    dataset = load_split(processed, split or scored_split(processed, checkpoint.read_config(run)["settings"]["fold"]))
     if list(dataset.class_set.names) != about["classes"]:
         raise UserError(f"{processed}: expected the classes {about['classes']}, found {list(dataset.class_set.names)}")
     void, number = about["void"], len(dataset.class_set)

@@ -1,41 +1,41 @@
 """A plan: rows of settings x seeds x folds, each trained, scored into one small file, and summed up in one table.
 
-A plan is a TOML file with `name`, `precision`, `seeds`, `folds` (without them a run trains on the whole of train), what
-all rows share under [settings], and a table [rows.<name>] each: a `title` and settings, of which `init` names an
-earlier row, whose run of the same seed and fold it starts from, or else a file of weights. Rows with `control` are
-compared with that row.
+It is TOML: `name`, `precision`, `seeds`, `folds` (without them a run trains on the whole of train), what all rows
+share under [settings], and a table [rows.<name>] each: `title`, settings, and as `control` the row to compare it with.
+`init` is a file of weights, or an earlier row, whose run of the same seed and fold a run starts from.
 """
 
 import json
+import math
 import shutil
 import time
 import tomllib
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from filelock import FileLock, Timeout
 
 from .. import checkpoint
-from ..data import Batches, SegmentationSet, load_split
-from ..device import pick_device
-from ..evaluation import difference, evaluate_run, headline, joined, verdicts
-from ..evaluation.compare import pooled_miou, read_confusions, time_blocks, verdict_line
+from ..data import load_split
+from ..evaluation import evaluate_run, headline, joined, verdicts
+from ..evaluation.compare import difference_over, pooled_miou, read_confusions, verdict_line
 from ..evaluation.details import mean
-from ..evaluation.robustness import unseen_occluders
+from ..evaluation.robustness import counts, predict_all, unseen_occluders
 from ..files import UserError, atomic_open, make_folder, read_bytes, write_json
 from ..inference import trained_model
-from ..metrics import confusion_matrices, iou, scores, under_rule
+from ..metrics import iou, scores, under_rule
+from ..processed import find_split, scored_split, training_splits
 from ..run import train
 from ..settings import FREE, INHERITED, KNOBS, Settings, check, complete
-from ..train import forward
 
-ALL = ("name", "precision", "seeds", "folds", "settings", "rows")
-ROW = ("title", "control", *KNOBS)
-KEPT = ("split", "split_note", "size", "trained_void", "device", "torch", "commit", "precision", "epochs")
-KEPT += ("train_seconds", "parameters", "images", "data_sha256")
+ALL = {"name", "precision", "seeds", "folds", "settings", "rows"}
+ROW = {"title", "control", *KNOBS} - {"precision", "seed", "fold", "data", "out", "max_minutes"}
+NO_MATTER = {*FREE} - {"init", "epochs"}  # settings that decide no number
+KEPT = ("split", "split_note", "size", "trained_void", "device", "torch", "commit", "epochs")
+KEPT += ("train_seconds", "parameters", "images")
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,20 @@ def read_plan(path: Path) -> dict:
     """The plan in a TOML file. Raises UserError for names that are unknown, and for values that no setting takes."""
     try:
         plan = {"folds": [None], "settings": {}, **tomllib.loads(read_bytes(path).decode())}
-        rows = plan["rows"]
-        unknown = [*(set(plan) - {*ALL}), *(set(plan["settings"]) - {*KNOBS})]
-        unknown += [f"{name}.{key}" for name, row in rows.items() for key in set(row) - {*ROW}]
-        if unknown or not (rows and plan["seeds"] and plan["precision"] and plan["name"]):
-            raise ValueError(f"the unknown {', '.join(unknown)}" if unknown else "a plan without rows or seeds")
+        unknown = [*({*plan} - ALL), *({*plan["settings"]} - ROW)]
+        unknown += [f"{name}.{key}" for name, row in plan["rows"].items() for key in {*row} - ROW]
+        rows = plan["rows"] = {name: plan["settings"] | row for name, row in plan["rows"].items()}
+        jobs = jobs_of(plan)
+        if unknown or not (plan["name"] and jobs) or len({*jobs}) < len(jobs) or plan["precision"] == "auto":
+            said = "no rows, seeds or folds, one of them twice, or precision auto"
+            raise ValueError(f"the unknown {', '.join(unknown)}" if unknown else said)
         for place, (name, row) in enumerate(rows.items()):
             for key in {"init", "control"} & {*row}:
                 known = list(rows)[: place if key == "init" else None]
                 if row[key] not in known and not (key == "init" and Path(row[key]).is_file()):
                     raise ValueError(f"{name}.{key}, which names no {'earlier ' * (key == 'init')}row: {row[key]!r}")
-            check(settings_of(plan, Job(name, plan["seeds"][0], plan["folds"][0]), Path(), Path()))
+        for job in jobs:
+            check(settings_of(plan, job, Path(), Path()))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
         found = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path}: expected a plan as docs/plans.md describes it, found {found}") from None
@@ -77,57 +80,83 @@ def jobs_of(plan: dict) -> list[Job]:
     return [Job(row, seed, fold) for seed in plan["seeds"] for row in plan["rows"] for fold in plan["folds"]]
 
 
+def start_of(plan: dict, job: Job) -> Job | None:
+    """The run that a run starts from, where it is one of the plan."""
+    init = plan["rows"][job.row].get("init")
+    return replace(job, row=init) if init in plan["rows"] else None
+
+
 def settings_of(plan: dict, job: Job, data: Path, out: Path) -> Settings:
     """The settings of one run."""
-    row = plan["rows"][job.row]
-    chosen = plan["settings"] | {key: value for key, value in row.items() if key in KNOBS}
-    if row.get("init") in plan["rows"]:
-        chosen["init"] = str(out / Job(row["init"], job.seed, job.fold).name)
+    chosen = {key: value for key, value in plan["rows"][job.row].items() if key in KNOBS}
+    if start := start_of(plan, job):
+        chosen["init"] = str(out / start.name)
     fixed = {"seed": job.seed, "fold": job.fold, "precision": plan["precision"], "data": data, "out": out / job.name}
     return Settings(**chosen | fixed)
 
 
-def results_path(results: Path, job: Job) -> Path:
+def recipe_of(plan: dict, job: Job) -> dict:
+    """All that decides a run's numbers besides its data: its settings, and as `init` the recipe of the run that it
+    starts from, or the hash of a file of weights."""
+    given = {key: value for key, value in vars(settings_of(plan, job, Path(), Path())).items() if value is not None}
+    known, init = {}, given.get("init")
+    if start := start_of(plan, job):
+        known = given["init"] = recipe_of(plan, start)
+    elif init:
+        known, given["init"] = checkpoint.read_about(Path(init)), checkpoint.weights_sha256(Path(init))
+    return whole({name: known[name] for name in INHERITED if known} | given)
+
+
+def whole(recipe: dict) -> dict:
+    """A recipe with the defaults of those settings that were not known when it was stored."""
+    init, found = recipe.get("init"), complete(recipe)
+    found["init"] = whole(init) if isinstance(init, dict) else init
+    return {key: value for key, value in found.items() if key not in NO_MATTER}
+
+
+def data_of(data: Path, fold: int | None) -> dict[str, str]:
+    """Fingerprints of what a run is trained and scored on."""
+    names = {"trained": training_splits(fold)[0], "scored": scored_split(data, fold)}
+    return {use: find_split(data, name).sha256 for use, name in names.items()}
+
+
+def path_of(results: Path, job: Job) -> Path:
     return results / f"{job.name}.npz"
 
 
-def run_plan(path: Path, data: Path, out: Path, results: Path, max_minutes: float | None = None) -> dict:
+def run_plan(path: Path, data: Path, out: Path, results: Path, max_minutes: float = math.inf) -> dict:
     """Do what is left of a plan, then write and return its summary. Several processes may work on one plan.
 
-    A finished run leaves results/<run>.npz; its folder under `out` is removed when no unfinished run starts from it.
+    A finished run leaves results/<run>.npz; where a fold was held out, its folder goes when nothing needs it any more.
     """
-    plan, deadline = read_plan(path), time.monotonic() + 60 * (max_minutes or 1e9)
-    read_results(plan, make_folder(results))  # refuses what is out of date before any training
-    ended = False
-    while not ended:
-        ended = True
-        for job in jobs_of(plan):
-            left = (deadline - time.monotonic()) / 60
-            if left <= 0 or not is_next(plan, job, out, results):
-                continue
-            try:
-                with FileLock(make_folder(out) / f".{job.name}.lock", timeout=0):
-                    if is_next(plan, job, out, results):
-                        ended &= not do(plan, job, data, out, results, left if max_minutes else None)
-            except Timeout:  # another process is at it
-                continue
+    plan, end, finished = read_plan(path), time.monotonic() + 60 * max_minutes, True
+    read_results(plan, make_folder(results), {fold: data_of(data, fold) for fold in plan["folds"]})
+    while finished and time.monotonic() < end:
+        finished = False
+        for job in (job for job in jobs_of(plan) if is_next(plan, job, out, results)):
+            with suppress(Timeout), FileLock(make_folder(out) / f".{job.name}.lock", timeout=0):  # or another is at it
+                if is_next(plan, job, out, results):
+                    finished = do(plan, job, data, out, results, end)
+                    break
     return summarise(plan, results)
 
 
-def children(plan: dict, job: Job) -> list[Job]:
-    """The runs that start from this one."""
-    return [replace(job, row=name) for name, row in plan["rows"].items() if row.get("init") == job.row]
+def is_needed(plan: dict, job: Job, out: Path, results: Path) -> bool:
+    """Whether a run is still to be done, for its result or for the weights that another one starts from."""
+    done = path_of(results, job).is_file()
+    return not done or (has_heirs(plan, job, out, results) and not is_trained(out / job.name))
+
+
+def has_heirs(plan: dict, job: Job, out: Path, results: Path) -> bool:
+    """Whether a run that starts from this one is still to be done."""
+    heirs = [replace(job, row=name) for name, row in plan["rows"].items() if row.get("init") == job.row]
+    return any(is_needed(plan, heir, out, results) for heir in heirs)
 
 
 def is_next(plan: dict, job: Job, out: Path, results: Path) -> bool:
-    """Whether a run is still to be done, for its result or for the weights that another one starts from, and can be."""
-    init = plan["rows"][job.row].get("init")
-    if init in plan["rows"]:
-        start = replace(job, row=init)
-        if not (is_trained(out / start.name) and results_path(results, start).is_file()):
-            return False
-    needed = [child for child in children(plan, job) if not results_path(results, child).is_file()]
-    return not results_path(results, job).is_file() or (bool(needed) and not is_trained(out / job.name))
+    """Whether a run is needed, and what it starts from is there."""
+    start = start_of(plan, job)
+    return is_needed(plan, job, out, results) and (start is None or is_trained(out / start.name))
 
 
 def is_trained(run: Path) -> bool:
@@ -135,54 +164,44 @@ def is_trained(run: Path) -> bool:
     return (run / checkpoint.WEIGHTS).is_file() and not checkpoint.unfinished(checkpoint.read_about(run))
 
 
-def do(plan: dict, job: Job, data: Path, out: Path, results: Path, max_minutes: float | None) -> bool:
-    """Train and score one run; returns whether it was finished in time."""
-    run = out / job.name
-    history = train(replace(settings_of(plan, job, data, out), max_minutes=max_minutes), log=lambda row: None)
-    config = checkpoint.read_config(run)
-    if len(history) < config["cycles"][-1] or results_path(results, job).is_file():
-        return len(history) == config["cycles"][-1]
-    found = evaluate_run(run, data)
-    details, classes = found["details"], found["rules"][found["trained_void"]]["classes"]
-    facts = {"row": job.row, "seed": job.seed, "fold": job.fold, "start": start_of(plan, job, results)}
-    facts["settings"] = {key: value for key, value in config["settings"].items() if key not in FREE}
-    facts |= {key: config[key] for key in ("classes", "people")} | {key: found[key] for key in KEPT}
-    facts |= {"scores": headline(found), "val_miou": [row["val_miou"] for row in history]}
-    facts |= {key: {name: row[key] for name, row in classes.items()} for key in ("precision", "recall")}
-    facts |= {key: value["mean"] for key, value in details.items() if key.startswith("boundary_")}
-    facts |= {key: details[key] for key in ("iou_by_size", "calibration_error")}
-    if job.fold is not None and (data / "stats_val.json").is_file():  # reported beside, and never chosen on
-        facts["val"] = headline(evaluate_run(run, data, "val"))
-    facts["lost_under_occluders"] = unseen_occluders(run, data, found["split"])
-    facts["flipped"] = flipped_scores(run, load_split(data, found["split"]))
-    confusions = read_confusions(run, found["split"])[1].astype(np.uint32)
-    with atomic_open(results_path(results, job), durable=True) as file:
-        np.savez_compressed(file, facts=json.dumps(facts), confusions=confusions)
-    for other in jobs_of(plan):  # whose weights no run needs any more
-        done = all(results_path(results, run).is_file() for run in (other, *children(plan, other)))
-        if done and other.fold is not None:
+def do(plan: dict, job: Job, data: Path, out: Path, results: Path, end: float) -> bool:
+    """Train and score one run; returns whether it was finished by `end`, a time.monotonic()."""
+    run, left = out / job.name, max(1e-3, (end - time.monotonic()) / 60)
+    settings = replace(settings_of(plan, job, data, out), max_minutes=None if end == math.inf else left)
+    history, cycles = train(settings, log=lambda row: None), checkpoint.read_config(run)["cycles"]
+    if len(cycles) > 1:
+        raise UserError(f"{run}: expected one training, found one that was given more epochs ({cycles}); delete it")
+    if len(history) < cycles[0]:
+        return False
+    if not path_of(results, job).is_file():
+        facts, confusions = score(run, data, job.fold, history)
+        facts |= {"row": job.row, "seed": job.seed, "fold": job.fold, "recipe": recipe_of(plan, job)}
+        with atomic_open(path_of(results, job), durable=True) as file:
+            np.savez_compressed(file, facts=json.dumps(facts), confusions=confusions.astype(np.uint32))
+    for other in jobs_of(plan):
+        if other.fold is not None and path_of(results, other).is_file() and not has_heirs(plan, other, out, results):
             shutil.rmtree(out / other.name, ignore_errors=True)
     return True
 
 
-def start_of(plan: dict, job: Job, results: Path) -> dict:
-    """What a run starts from: how another row was trained, the hash of a file of weights, or nothing."""
-    init = plan["rows"][job.row].get("init")
-    if init not in plan["rows"]:
-        return {"sha256": checkpoint.weights_sha256(Path(init))} if init else {}
-    facts, _ = read_result(results_path(results, replace(job, row=init)))
-    return {key: facts[key] for key in ("settings", "epochs", "start") if key in facts}
-
-
-@torch.inference_mode()
-def flipped_scores(run: Path, dataset: SegmentationSet) -> dict[str, float]:
-    """mIoU, and IoU of people, of predictions that are means over an image and its mirror image."""
-    (model, about), device, found = trained_model(run), pick_device(), []
-    for images, masks, _ in Batches(dataset, 8, device).epoch():
-        both = [forward(model, x, "fp32").softmax(dim=1) for x in (images, images.flip(-1))]
-        found.append(confusion_matrices((both[0] + both[1].flip(-1)).argmax(dim=1), masks, len(about["classes"])))
-    score = scores(torch.cat(found).sum(dim=0).cpu().numpy(), about["classes"], about["void"])
-    return {"mIoU": score["miou"]} | {name: score["classes"][name]["iou"] for name in about["people"]}
+def score(run: Path, data: Path, fold: int | None, history: list[dict]) -> tuple[dict, np.ndarray]:
+    """What a result keeps of a trained run: facts, and the matrix of each image."""
+    found = evaluate_run(run, data)
+    details, classes = found["details"], found["rules"][found["trained_void"]]["classes"]
+    (model, about), dataset = trained_model(run), load_split(data, found["split"])
+    facts = {key: about[key] for key in ("classes", "people")} | {key: found[key] for key in KEPT}
+    facts |= {"data": data_of(data, fold), "scores": headline(found), "val_miou": [row["val_miou"] for row in history]}
+    facts |= {key: {name: row[key] for name, row in classes.items()} for key in ("precision", "recall")}
+    facts |= {key: value["mean"] for key, value in details.items() if key.startswith("boundary_")}
+    facts |= {key: details[key] for key in ("iou_by_size", "calibration_error")}
+    if fold is not None and (data / "stats_val.json").is_file():  # reported beside, and never chosen on
+        facts["val"] = headline(evaluate_run(run, data, "val"))
+    facts["lost_under_occluders"] = unseen_occluders(run, data, found["split"])
+    images, masks = (array.cpu().numpy() for array in (dataset.images, dataset.masks))
+    flipped = counts(predict_all(model, images, flip=True), masks, len(dataset.class_set)).sum(axis=0)
+    flipped = scores(flipped, about["classes"], about["void"])
+    facts["flipped"] = {"mIoU": flipped["miou"]} | {name: flipped["classes"][name]["iou"] for name in about["people"]}
+    return facts, read_confusions(run, found["split"])[1]
 
 
 def read_result(path: Path) -> tuple[dict, np.ndarray]:
@@ -194,57 +213,43 @@ def read_result(path: Path) -> tuple[dict, np.ndarray]:
         raise UserError(f"{path}: expected a result of a plan, found {error}; delete it and rerun") from None
 
 
-def read_results(plan: dict, results: Path) -> dict[Job, tuple[dict, np.ndarray]]:
-    """The results that are there. Raises UserError for one of other settings than the plan's, or of other data."""
-    found, data = {}, {}
+def read_results(plan: dict, results: Path, data: dict | None = None) -> dict[Job, tuple[dict, np.ndarray]]:
+    """The results that are there. Raises UserError for one of another recipe than the plan's, or of other data than
+    that of its fold in `data`, or than another result's."""
+    found, data = {}, data or {}
     for job in jobs_of(plan):
-        path = results_path(results, job)
+        path = path_of(results, job)
         if path.is_file():
             found[job] = facts, _ = read_result(path)
-            other = changed(plan, job, facts)
-            other += ["data"] * (facts["data_sha256"] != data.setdefault(job.fold, facts["data_sha256"]))
+            there, other = whole(facts["recipe"]), recipe_of(plan, job)
+            other = sorted(key for key in other if other[key] != there[key])
+            other += ["data"] * (facts["data"] != data.setdefault(job.fold, facts["data"]))
             if other:
                 raise UserError(f"{path}: was made with other {', '.join(other)}; delete it, or take another --results")
     return found
-
-
-def changed(plan: dict, job: Job, facts: dict) -> list[str]:
-    """The settings in which a run differs from the plan, and "init" where what it started from does."""
-    given = {key: value for key, value in vars(settings_of(plan, job, Path(), Path())).items() if value is not None}
-    wanted, there = complete(given), complete(facts["settings"]) | {"epochs": facts["epochs"]}
-    compared = there.keys() - (set(FREE) - {"epochs"}) - (INHERITED.keys() - given.keys())
-    found = sorted(key for key in compared if there[key] != wanted[key])
-    init, start = plan["rows"][job.row].get("init"), facts.get("start")  # older results have none
-    if start and "settings" in start and init in plan["rows"]:
-        return found + ["init"] * bool(changed(plan, replace(job, row=init), start))
-    return found + ["init"] * (start is not None and (init in plan["rows"] or start != start_of(plan, job, Path())))
 
 
 def summarise(plan: dict, results: Path) -> dict:
     """Mean and standard deviation over the seeds of each row's scores, themselves means over the folds, and verdicts
     against its control, and the control's means, over the seeds that both have; written to results/summary.json."""
     done = read_results(plan, results)
-    found, rows = {}, {}
+    found, rows, pairs = {}, {}, {}
     for name, row in plan["rows"].items():
         seeds = [s for s in plan["seeds"] if all(Job(name, s, fold) in done for fold in plan["folds"])]
         found[name] = {seed: [done[Job(name, seed, fold)] for fold in plan["folds"]] for seed in seeds}
         rows[name] = {"title": row.get("title", name), "seeds": seeds, "runs": sum(job.row == name for job in done)}
-        rows[name]["control"] = row.get("control")
-        if seeds:
-            rows[name] |= statistics(found[name])
-    pairs = {}
-    for name, row in plan["rows"].items():
-        both = [seed for seed in found[name] if seed in found.get(row.get("control"), {})]
-        if both:
+        rows[name] |= {"control": row.get("control")} | (statistics(found[name]) if seeds else {})
+    for name, row in rows.items():
+        if both := [seed for seed in row["seeds"] if seed in found.get(row["control"], {})]:
             pairs[name] = [{seed: found[side][seed] for seed in both} for side in (row["control"], name)]
-            rows[name]["control_mean"] = statistics(pairs[name][0])["mean"]
+            row["control_mean"] = statistics(pairs[name][0])["mean"]
     people = next((facts["people"] for facts, _ in done.values()), [])
-    for score, class_name in {"miou": None, **{f"{name}_iou": name for name in people}}.items():
-        compared = {name: against(*pair, class_name) for name, pair in pairs.items()}
+    for key, class_name in {"miou": None, **{f"{name}_iou": name for name in people}}.items():
+        compared = {name: difference_of_rows(*pair, class_name) for name, pair in pairs.items()}
         for name, verdict in verdicts(compared).items():
-            rows[name][f"{score}_against_control"] = verdict
-    summary = {"name": plan["name"], "precision": plan["precision"], "folds": plan["folds"], "rows": rows}
-    sessions = {"sessions": [facts | {"size": "x".join(map(str, facts["size"]))} for facts, _ in done.values()]}
+            rows[name][f"{key}_against_control"] = verdict
+    summary = {key: plan[key] for key in ("name", "precision", "folds")} | {"people": people, "rows": rows}
+    sessions = [facts | {"size": "x".join(map(str, facts["size"]))} for facts, _ in done.values()]
     summary["context"] = {key: joined(sessions, key) for key in ("size", "device", "torch", "commit")}
     write_json(results / "summary.json", summary)
     return summary
@@ -272,26 +277,28 @@ def flatten(facts: dict) -> dict[str, float | None]:
     return numbers | {key: facts[key] for key in facts if key.startswith(("boundary_", "calibration_error"))}
 
 
-def against(base: dict[int, list], other: dict[int, list], class_name: str | None) -> dict:
-    """`difference` of two rows over the images of all folds: of mIoU, or of the IoU of a class."""
+def difference_of_rows(base: dict[int, list], other: dict[int, list], class_name: str | None) -> dict:
+    """The difference of two rows over the images of all folds, paired by seed: of mIoU, or of the IoU of a class. A
+    single seed gets no verdict: what another one would change is unknown."""
     facts = [facts for facts, _ in next(iter(base.values()))]
-    stems = [image.partition("/")[2] for fold in facts for image in fold["images"]]
+    scored = {"images": [image for fold in facts for image in fold["images"]], "trained_void": facts[0]["trained_void"]}
+    scored["split"] = ", ".join(fold["split"] for fold in facts)
     groups = [np.stack([np.concatenate([c for _, c in folds]) for folds in row.values()]) for row in (base, other)]
     score = pooled_miou
     if class_name is not None:
         place = facts[0]["classes"].index(class_name)
         score = lambda confusions, void: iou(under_rule(confusions, void))[..., place]  # noqa: E731
-    blocks, timed = time_blocks(stems)
-    found = difference(*groups, blocks, facts[0]["trained_void"], score)
-    found |= {"score": f"IoU of {class_name}" if class_name else "mIoU", "images": len(stems)}
-    return found | {"split": ", ".join(fact["split"] for fact in facts), "names_tell_time": timed}
+    found = difference_over(*groups, scored, score=score, paired=True)
+    if len(base) == 1:
+        found.pop("p", None)
+    return found | {"score": f"IoU of {class_name}" if class_name else "mIoU"}
 
 
 def plan_table(summary: dict) -> str:
     """The summary as text."""
-    lines = [f"{'':<44}{'runs':>5}{'mIoU':>18}{'person':>18}"]
+    lines = [f"{'':<44}{'runs':>5}" + "".join(f"{name:>18}" for name in ("mIoU", *summary["people"]))]
     for row in summary["rows"].values():
-        keys = [key for key in ("scores mIoU", "scores person") if key in row.get("mean", {})]
+        keys = [f"scores {name}" for name in ("mIoU", *summary["people"]) if row["seeds"]]
         cells = [f"{row['mean'][key]:.4f}" + (f" ± {row['std'][key]:.4f}" if key in row["std"] else "") for key in keys]
         lines.append(f"{row['title'][:43]:<44}{row['runs']:>5}" + "".join(f"{cell:>18}" for cell in cells))
         found = [row[key] for key in row if key.endswith("_against_control")]
