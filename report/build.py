@@ -223,16 +223,17 @@ def plan_cells(summary: dict) -> dict[str, list[str]]:
         for key in ("scores mIoU", "scores person"):
             spread = f" ± {std[key]:.3f}" if key in std else ""
             cells.append(f"{mean[key]:.3f}{spread}" if key in mean else "–")
-        lost = lost_by_kind(mean)
-        cells.append(f"{np.mean(lost):.3f}" if lost else "–")
+        cells.append(f"{np.mean(lost_by_kind(mean)):.3f}" if lost_by_kind(mean) else "–")
         for score in ("miou", "person_iou"):
             verdict = row.get(f"{score}_against_control", {})
             ends = verdict.get("interval")
             said = f"{100 * verdict['difference']:+.1f} ({100 * ends[0]:+.1f} to {100 * ends[1]:+.1f})" if ends else "–"
             cells.append(said + MARKS.get(verdict.get("verdict"), ""))
         rows[row["title"]] = [cell.replace("0.", ".") if cell[0] == "0" else cell for cell in cells]
-        more = row["runs"] - len(row["seeds"]) * len(summary["folds"])
-        rows[row["title"]].append(f"{len(row['seeds'])}" + f" + {more} folds" * (more > 0))
+        more, number = row["runs"] - len(row["seeds"]) * len(summary["folds"]), len(row["seeds"])
+        both = row.get("miou_against_control", {"seeds": [number]})["seeds"][0]
+        said = [f"{number}", *[f"+ {more} folds"] * (more > 0), *[f"({both} compared)"] * (both < number)]
+        rows[row["title"]].append(" ".join(said))
     return rows
 
 

@@ -64,6 +64,8 @@ def difference(
     spreads = [scores[1] - scores[0]] if paired else scores
     parts += [(np.var(group, ddof=1) / len(group), len(group) - 1) for group in spreads if len(group) > 1]
     variance = sum(part for part, _ in parts)
+    if not np.isfinite(variance):
+        return found | {"reason": "a class is missing from many blocks"}
     freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts) if variance else number - 1
     half = float(stats.t.ppf(1 - LEVEL / 2, freedom) * np.sqrt(variance))
     p = float(

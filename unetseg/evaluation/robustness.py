@@ -116,7 +116,7 @@ def conditions() -> Iterator[tuple[str, float, bool]]:
 
 @torch.inference_mode()
 def predict_all(model: torch.nn.Module, images: np.ndarray, flip: bool = False) -> np.ndarray:
-    """Class ids (N, H, W) of images (N, H, W, 3) uint8, in fp32; with `flip`, of the mean over their mirror images."""
+    """Class ids (N, H, W) of images (N, H, W, 3) uint8, in fp32; `flip`: of the mean with the mirror image."""
     device, found = next(model.parameters()).device, []
     for start in range(0, len(images), 8):
         part = torch.from_numpy(images[start : start + 8]).to(device).permute(0, 3, 1, 2) / 255
@@ -212,14 +212,12 @@ def robustness(run: Path, processed: Path, split: str | None = None) -> dict:
     return found
 
 
-def unseen_occluders(run: Path, processed: Path, split: str, coverage: tuple = COVERAGE[:4]) -> dict[str, float]:
-    """The mIoU that a run loses on visible pixels under each kind of occluder that no training has, placed anywhere;
-    the mean over coverages of 10-40 %."""
-    (model, about), dataset = trained_model(run), load_split(processed, split)
+def unseen_occluders(model: torch.nn.Module, about: dict, dataset: SegmentationSet) -> dict[str, float | None]:
+    """The mIoU lost on visible pixels under each kind of occluder that no training has, placed anywhere; the mean over
+    coverages of 10-40 %."""
     clean, lost = predict_all(model, dataset.images.cpu().numpy()), {}
     for kind in UNSEEN:
-        chosen = [(kind, share, False) for share in coverage]
-        rows = occlusion_scores(model, dataset, clean, about["void"], chosen)
+        rows = occlusion_scores(model, dataset, clean, about["void"], [(kind, share, False) for share in COVERAGE[:4]])
         found = [row["visible"] for row in rows if "visible" in row]
         lost[kind] = float(np.mean([row["without_occluder"] - row["miou"] for row in found])) if found else None
     return lost

@@ -66,8 +66,7 @@ def write_class_file(folder: Path, out: Path | None = None) -> str:
     total, names = sum(counts.values()), given_names(found[0].root)
     if not 1 < len(counts) <= MOST_CLASSES:
         raise UserError(f"{folder}: expected 2 to {MOST_CLASSES} classes in the masks, found {len(counts)} values")
-    lines = ["# Written from the masks: give each class its name; classes of people may be named in `people = [...]`."]
-    lines += ["", "[classes]"]
+    lines = ["# Written from the masks: name each class, and those of people in `people = [...]`.", "", "[classes]"]
     void = [value for value in counts if value == IGNORE_INDEX and len(counts) > 2]
     for place, value in enumerate(sorted(counts.keys() - set(void))):
         colour = list(value) if isinstance(value, tuple) else shade(place)

@@ -108,12 +108,11 @@ class DataSet:
 
 def _apart(images: Files, labels: Files, image: list[Path], label: list[Path]) -> str:
     """What is wrong with a pair whose files lie in the folders of two cities, or ""."""
-    if not label or images.top == labels.top:
-        return ""
-    here, there = image[0].parent.relative_to(images.top), label[0].parent.relative_to(labels.top)
-    if Path() in (here, there) or here == there:
-        return ""
-    return f"{label[0]}: expected it in {here}/ as its image {image[0].name}, found it in {there}/"
+    if label and images.top != labels.top:
+        here, there = image[0].parent.relative_to(images.top), label[0].parent.relative_to(labels.top)
+        if Path() not in (here, there) and here != there:
+            return f"{label[0]}: expected it in {here}/ as its image {image[0].name}, found it in {there}/"
+    return ""
 
 
 def list_folder(folder: Path) -> tuple[list[str], list[str]]:

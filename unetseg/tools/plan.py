@@ -11,6 +11,7 @@ import shutil
 import time
 import tomllib
 import zipfile
+import zlib
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,18 +30,17 @@ from ..inference import trained_model
 from ..metrics import iou, scores, under_rule
 from ..processed import find_split, scored_split, training_splits
 from ..run import train
-from ..settings import FREE, INHERITED, KNOBS, Settings, check, complete
+from ..settings import FREE, INHERITED, KNOBS, Settings, complete, with_preset
 
 ALL = {"name", "precision", "seeds", "folds", "settings", "rows"}
 ROW = {"title", "control", *KNOBS} - {"precision", "seed", "fold", "data", "out", "max_minutes"}
 NO_MATTER = {*FREE} - {"init", "epochs"}  # settings that decide no number
-KEPT = ("split", "split_note", "size", "trained_void", "device", "torch", "commit", "epochs")
-KEPT += ("train_seconds", "parameters", "images")
+KEPT = ("split", "size", "trained_void", "device", "torch", "commit", "epochs", "train_seconds", "parameters", "images")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a plan: a row under a seed, trained without a fold (None: on all of train)."""
+    """One run of a plan: a row under a seed, which holds out a fold (None: trained on all of train)."""
 
     row: str
     seed: int
@@ -56,20 +56,21 @@ def read_plan(path: Path) -> dict:
     try:
         plan = {"folds": [None], "settings": {}, **tomllib.loads(read_bytes(path).decode())}
         unknown = [*({*plan} - ALL), *({*plan["settings"]} - ROW)]
-        unknown += [f"{name}.{key}" for name, row in plan["rows"].items() for key in {*row} - ROW]
+        unknown += [f"{name}.{key}" for name, row in plan["rows"].items() for key in {*row} - (ROW - {"void"})]
         rows = plan["rows"] = {name: plan["settings"] | row for name, row in plan["rows"].items()}
         jobs = jobs_of(plan)
         if unknown or not (plan["name"] and jobs) or len({*jobs}) < len(jobs) or plan["precision"] == "auto":
             said = "no rows, seeds or folds, one of them twice, or precision auto"
             raise ValueError(f"the unknown {', '.join(unknown)}" if unknown else said)
         for place, (name, row) in enumerate(rows.items()):
-            for key in {"init", "control"} & {*row}:
-                known = list(rows)[: place if key == "init" else None]
-                if row[key] not in known and not (key == "init" and Path(row[key]).is_file()):
-                    raise ValueError(f"{name}.{key}, which names no {'earlier ' * (key == 'init')}row: {row[key]!r}")
+            init, control = row.get("init"), row.get("control")
+            if init and init not in list(rows)[:place] and (init in rows or not Path(init).is_file()):
+                raise ValueError(f"{name}.init, which names neither an earlier row nor a file: {init!r}")
+            if control and control not in rows:
+                raise ValueError(f"{name}.control, which names no row: {control!r}")
         for job in jobs:
-            check(settings_of(plan, job, Path(), Path()))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+            with_preset(settings_of(plan, job, Path(), Path()))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
         found = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path}: expected a plan as docs/plans.md describes it, found {found}") from None
     return plan
@@ -120,18 +121,22 @@ def data_of(data: Path, fold: int | None) -> dict[str, str]:
     return {use: find_split(data, name).sha256 for use, name in names.items()}
 
 
-def path_of(results: Path, job: Job) -> Path:
-    return results / f"{job.name}.npz"
+def require(plan: dict, job: Job, out: Path) -> None:
+    """Raise UserError where a run folder was given more epochs, or began from other weights than its start has now."""
+    config, init = checkpoint.read_config(out / job.name), settings_of(plan, job, Path(), out).init
+    now = init and Path(init).exists() and checkpoint.weights_sha256(Path(init))
+    if len(config["cycles"]) > 1 or (now and now != config["init_sha256"]):
+        raise UserError(f"{out / job.name}: expected the training that the plan describes; delete the folder")
 
 
 def run_plan(path: Path, data: Path, out: Path, results: Path, max_minutes: float = math.inf) -> dict:
-    """Do what is left of a plan, then write and return its summary. Several processes may work on one plan.
-
-    A finished run leaves results/<run>.npz; where a fold was held out, its folder goes when nothing needs it any more.
-    """
+    """Do what is left of a plan, then write and return its summary. Several processes may work on one plan."""
     plan, end, finished = read_plan(path), time.monotonic() + 60 * max_minutes, True
     read_results(plan, make_folder(results), {fold: data_of(data, fold) for fold in plan["folds"]})
     while finished and time.monotonic() < end:
+        for job in (job for job in jobs_of(plan) if job.fold is not None):  # remove the folders that nothing needs
+            if (results / f"{job.name}.npz").is_file() and not has_heirs(plan, job, out, results):
+                shutil.rmtree(out / job.name, ignore_errors=True)
         finished = False
         for job in (job for job in jobs_of(plan) if is_next(plan, job, out, results)):
             with suppress(Timeout), FileLock(make_folder(out) / f".{job.name}.lock", timeout=0):  # or another is at it
@@ -143,8 +148,8 @@ def run_plan(path: Path, data: Path, out: Path, results: Path, max_minutes: floa
 
 def is_needed(plan: dict, job: Job, out: Path, results: Path) -> bool:
     """Whether a run is still to be done, for its result or for the weights that another one starts from."""
-    done = path_of(results, job).is_file()
-    return not done or (has_heirs(plan, job, out, results) and not is_trained(out / job.name))
+    missing = not (results / f"{job.name}.npz").is_file()
+    return missing or (has_heirs(plan, job, out, results) and not is_trained(out / job.name))
 
 
 def has_heirs(plan: dict, job: Job, out: Path, results: Path) -> bool:
@@ -154,9 +159,10 @@ def has_heirs(plan: dict, job: Job, out: Path, results: Path) -> bool:
 
 
 def is_next(plan: dict, job: Job, out: Path, results: Path) -> bool:
-    """Whether a run is needed, and what it starts from is there."""
+    """Whether a run is needed, and what it starts from is trained and scored."""
     start = start_of(plan, job)
-    return is_needed(plan, job, out, results) and (start is None or is_trained(out / start.name))
+    ready = start is None or (is_trained(out / start.name) and (results / f"{start.name}.npz").is_file())
+    return ready and is_needed(plan, job, out, results)
 
 
 def is_trained(run: Path) -> bool:
@@ -168,19 +174,16 @@ def do(plan: dict, job: Job, data: Path, out: Path, results: Path, end: float) -
     """Train and score one run; returns whether it was finished by `end`, a time.monotonic()."""
     run, left = out / job.name, max(1e-3, (end - time.monotonic()) / 60)
     settings = replace(settings_of(plan, job, data, out), max_minutes=None if end == math.inf else left)
-    history, cycles = train(settings, log=lambda row: None), checkpoint.read_config(run)["cycles"]
-    if len(cycles) > 1:
-        raise UserError(f"{run}: expected one training, found one that was given more epochs ({cycles}); delete it")
-    if len(history) < cycles[0]:
+    history = train(settings, log=lambda row: None)
+    for one in filter(None, (start_of(plan, job), job)):
+        require(plan, one, out)
+    if len(history) < recipe_of(plan, job)["epochs"]:
         return False
-    if not path_of(results, job).is_file():
+    if not (results / f"{job.name}.npz").is_file():
         facts, confusions = score(run, data, job.fold, history)
         facts |= {"row": job.row, "seed": job.seed, "fold": job.fold, "recipe": recipe_of(plan, job)}
-        with atomic_open(path_of(results, job), durable=True) as file:
+        with atomic_open(results / f"{job.name}.npz", durable=True) as file:
             np.savez_compressed(file, facts=json.dumps(facts), confusions=confusions.astype(np.uint32))
-    for other in jobs_of(plan):
-        if other.fold is not None and path_of(results, other).is_file() and not has_heirs(plan, other, out, results):
-            shutil.rmtree(out / other.name, ignore_errors=True)
     return True
 
 
@@ -196,7 +199,7 @@ def score(run: Path, data: Path, fold: int | None, history: list[dict]) -> tuple
     facts |= {key: details[key] for key in ("iou_by_size", "calibration_error")}
     if fold is not None and (data / "stats_val.json").is_file():  # reported beside, and never chosen on
         facts["val"] = headline(evaluate_run(run, data, "val"))
-    facts["lost_under_occluders"] = unseen_occluders(run, data, found["split"])
+    facts["lost_under_occluders"] = unseen_occluders(model, about, dataset)
     images, masks = (array.cpu().numpy() for array in (dataset.images, dataset.masks))
     flipped = counts(predict_all(model, images, flip=True), masks, len(dataset.class_set)).sum(axis=0)
     flipped = scores(flipped, about["classes"], about["void"])
@@ -208,21 +211,22 @@ def read_result(path: Path) -> tuple[dict, np.ndarray]:
     """Facts and matrices (N, C + 1, C) of a run. Raises UserError for a damaged file."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return json.loads(str(file["facts"])), file["confusions"].astype(np.int64)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: expected a result of a plan, found {error}; delete it and rerun") from None
+            facts = json.loads(str(file["facts"]))
+            return facts | {key: facts[key] for key in ("recipe", "data")}, file["confusions"].astype(np.int64)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+        raise UserError(f"{path}: expected a result, found a damaged or older file; delete it and rerun") from None
 
 
 def read_results(plan: dict, results: Path, data: dict | None = None) -> dict[Job, tuple[dict, np.ndarray]]:
-    """The results that are there. Raises UserError for one of another recipe than the plan's, or of other data than
-    that of its fold in `data`, or than another result's."""
-    found, data = {}, data or {}
+    """The results that are there. Raises UserError for one that was made by another recipe than the plan's, and for one
+    of other data than those of its fold in `data` (without it: than the first one's)."""
+    found, data = {}, {**(data or {})}
     for job in jobs_of(plan):
-        path = path_of(results, job)
+        path = results / f"{job.name}.npz"
         if path.is_file():
             found[job] = facts, _ = read_result(path)
-            there, other = whole(facts["recipe"]), recipe_of(plan, job)
-            other = sorted(key for key in other if other[key] != there[key])
+            there, wanted = whole(facts["recipe"]), recipe_of(plan, job)
+            other = sorted(key for key in wanted if wanted[key] != there[key])
             other += ["data"] * (facts["data"] != data.setdefault(job.fold, facts["data"]))
             if other:
                 raise UserError(f"{path}: was made with other {', '.join(other)}; delete it, or take another --results")
@@ -235,18 +239,18 @@ def summarise(plan: dict, results: Path) -> dict:
     done = read_results(plan, results)
     found, rows, pairs = {}, {}, {}
     for name, row in plan["rows"].items():
-        seeds = [s for s in plan["seeds"] if all(Job(name, s, fold) in done for fold in plan["folds"])]
-        found[name] = {seed: [done[Job(name, seed, fold)] for fold in plan["folds"]] for seed in seeds}
-        rows[name] = {"title": row.get("title", name), "seeds": seeds, "runs": sum(job.row == name for job in done)}
-        rows[name] |= {"control": row.get("control")} | (statistics(found[name]) if seeds else {})
+        runs = {seed: [done.get(Job(name, seed, fold)) for fold in plan["folds"]] for seed in plan["seeds"]}
+        found[name] = {seed: folds for seed, folds in runs.items() if None not in folds}
+        rows[name] = {"title": str(row.get("title", name)), "seeds": [*found[name]], "control": row.get("control")}
+        rows[name] |= {"runs": sum(job.row == name for job in done)} | (statistics(found[name]) if found[name] else {})
     for name, row in rows.items():
         if both := [seed for seed in row["seeds"] if seed in found.get(row["control"], {})]:
             pairs[name] = [{seed: found[side][seed] for seed in both} for side in (row["control"], name)]
             row["control_mean"] = statistics(pairs[name][0])["mean"]
     people = next((facts["people"] for facts, _ in done.values()), [])
     for key, class_name in {"miou": None, **{f"{name}_iou": name for name in people}}.items():
-        compared = {name: difference_of_rows(*pair, class_name) for name, pair in pairs.items()}
-        for name, verdict in verdicts(compared).items():
+        scored = [name for name in pairs if f"scores {class_name or 'mIoU'}" in rows[name]["mean"]]
+        for name, verdict in verdicts({name: difference_of_rows(*pairs[name], class_name) for name in scored}).items():
             rows[name][f"{key}_against_control"] = verdict
     summary = {key: plan[key] for key in ("name", "precision", "folds")} | {"people": people, "rows": rows}
     sessions = [facts | {"size": "x".join(map(str, facts["size"]))} for facts, _ in done.values()]
@@ -281,14 +285,13 @@ def difference_of_rows(base: dict[int, list], other: dict[int, list], class_name
     """The difference of two rows over the images of all folds, paired by seed: of mIoU, or of the IoU of a class. A
     single seed gets no verdict: what another one would change is unknown."""
     facts = [facts for facts, _ in next(iter(base.values()))]
-    scored = {"images": [image for fold in facts for image in fold["images"]], "trained_void": facts[0]["trained_void"]}
-    scored["split"] = ", ".join(fold["split"] for fold in facts)
+    scored = facts[0] | {
+        "images": [i for f in facts for i in f["images"]],
+        "split": ", ".join(f["split"] for f in facts),
+    }
     groups = [np.stack([np.concatenate([c for _, c in folds]) for folds in row.values()]) for row in (base, other)]
-    score = pooled_miou
-    if class_name is not None:
-        place = facts[0]["classes"].index(class_name)
-        score = lambda confusions, void: iou(under_rule(confusions, void))[..., place]  # noqa: E731
-    found = difference_over(*groups, scored, score=score, paired=True)
+    of_class = lambda counts, void: iou(under_rule(counts, void))[..., facts[0]["classes"].index(class_name)]  # noqa: E731
+    found = difference_over(*groups, scored, score=of_class if class_name else pooled_miou, paired=True)
     if len(base) == 1:
         found.pop("p", None)
     return found | {"score": f"IoU of {class_name}" if class_name else "mIoU"}
@@ -298,9 +301,9 @@ def plan_table(summary: dict) -> str:
     """The summary as text."""
     lines = [f"{'':<44}{'runs':>5}" + "".join(f"{name:>18}" for name in ("mIoU", *summary["people"]))]
     for row in summary["rows"].values():
-        keys = [f"scores {name}" for name in ("mIoU", *summary["people"]) if row["seeds"]]
+        keys = [key for name in ("mIoU", *summary["people"]) if (key := f"scores {name}") in row.get("mean", {})]
         cells = [f"{row['mean'][key]:.4f}" + (f" ± {row['std'][key]:.4f}" if key in row["std"] else "") for key in keys]
         lines.append(f"{row['title'][:43]:<44}{row['runs']:>5}" + "".join(f"{cell:>18}" for cell in cells))
-        found = [row[key] for key in row if key.endswith("_against_control")]
-        lines += [verdict_line(f"    against {row['control']}", verdict) for verdict in found]
+        start = f"    against {row['control']}"
+        lines += [verdict_line(start, row[key]) for key in row if key.endswith("_against_control")]
     return "\n".join(lines)

@@ -10,10 +10,7 @@ from multiprocessing import get_context, parent_process
 
 
 def worker_pool(workers: int | None = None) -> ProcessPoolExecutor:
-    """A pool of `workers` processes (default: all cores) that end when the main process does.
-
-    They start with the first task; submit that inside `ignore_ctrl_c`.
-    """
+    """A pool of processes (default: one per core) that end with this one; submit the first task in `ignore_ctrl_c`."""
     return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent)
 
 
