@@ -172,10 +172,6 @@ def discussion(rows: dict) -> list[str]:
     return [f"Class weights move people from missed to over-predicted: {moved}."]
 
 
-def lost_by_kind(mean: dict) -> list[float]:
-    return [value for key, value in mean.items() if key.startswith("lost_under_occluders")]
-
-
 def sentence(row: dict, rows: dict) -> str:
     """What the verdicts say of a row: better, worse, or not distinguishable, with the intervals."""
     said = []
@@ -220,10 +216,9 @@ def plan_cells(summary: dict) -> dict[str, list[str]]:
     rows = {}
     for row in (row for row in summary["rows"].values() if "mean" in row):
         cells, mean, std = [], row["mean"], row["std"]
-        for key in ("scores mIoU", "scores person"):
+        for key in ("scores mIoU", "scores person", "lost under occluders"):
             spread = f" ± {std[key]:.3f}" if key in std else ""
             cells.append(f"{mean[key]:.3f}{spread}" if key in mean else "–")
-        cells.append(f"{np.mean(lost_by_kind(mean)):.3f}" if lost_by_kind(mean) else "–")
         for score in ("miou", "person_iou"):
             verdict = row.get(f"{score}_against_control", {})
             ends = verdict.get("interval")

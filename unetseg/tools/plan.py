@@ -278,6 +278,7 @@ def flatten(facts: dict) -> dict[str, float | None]:
         for name, value in facts.get(group, {}).items():
             more = value if isinstance(value, dict) else {"": value}
             numbers |= {f"{group} {name} {key}".strip(): number for key, number in more.items()}
+    numbers["lost under occluders"] = mean([*facts["lost_under_occluders"].values()])
     return numbers | {key: facts[key] for key in facts if key.startswith(("boundary_", "calibration_error"))}
 
 
@@ -292,9 +293,8 @@ def difference_of_rows(base: dict[int, list], other: dict[int, list], class_name
     groups = [np.stack([np.concatenate([c for _, c in folds]) for folds in row.values()]) for row in (base, other)]
     of_class = lambda counts, void: iou(under_rule(counts, void))[..., facts[0]["classes"].index(class_name)]  # noqa: E731
     found = difference_over(*groups, scored, score=of_class if class_name else pooled_miou, paired=True)
-    if len(base) == 1:
-        found.pop("p", None)
-    return found | {"score": f"IoU of {class_name}" if class_name else "mIoU"}
+    found["score"] = f"IoU of {class_name}" if class_name else "mIoU"
+    return {key: value for key, value in found.items() if key != "p" or len(base) > 1}
 
 
 def plan_table(summary: dict) -> str:
