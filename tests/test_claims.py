@@ -74,7 +74,7 @@ CLAIMS = {
         f"lifts mIoU by {points('scratch')} over the published one with a network of {' instead of '.join(SIZES)} M",
         people_over_predicted("recall rises from {} to {}, precision falls from {} to {}, and IoU falls by {}."),
         f"recall {weighted('inverse', 'recall person')}, precision {weighted('inverse', 'precision person')}",
-        f"IoU of people is {THIRD[0]} above",
+        f"raises the IoU of people by {THIRD[0]} over",
         f"drops by {THIRD[1]} (control: {THIRD[2]}): {UNDER[1]}",
         f"the drop is {PLAIN}",
         f"drops by {SECOND[1]}; control: {SECOND[2]})",
@@ -104,7 +104,7 @@ CLAIMS = {
         f"drops by {SECOND[1]} (control: {SECOND[2]}): {UNDER[0]}",
     ],
     "notebooks/Fine_tuning_with_combined_CE_and_DICE_Loss.ipynb": [
-        f"({THIRD[0]} higher)",
+        f"people gain {THIRD[0]} of IoU",
         f"drops by {THIRD[1]} (control: {THIRD[2]}): {UNDER[1]}",
         f"which alone take {points('weighted_ce', 'person_iou', WEIGHTING)}",
     ],
