@@ -272,7 +272,7 @@ def class_table(summary: dict) -> str:
     means = next(row["mean"] for row in summary["rows"].values() if "mean" in row)
     keys = {key.removeprefix("scores "): key for key in means if key.startswith("scores ")}
     keys |= RARE | {"mIoU on val": "val mIoU"}
-    note = "Means over folds and seeds. Only the newer runs were also scored on val, which is not one of the folds."
+    note = "Means over folds and seeds; –: not scored. Val is not one of the folds."
     return markdown([*keys], mean_cells(summary, keys.values()), note)
 
 

@@ -171,6 +171,8 @@ def test_the_interval_of_pairs_is_that_of_their_differences():
     half = stats.t.ppf(0.975, 2) / 3**0.5
     assert found["difference"] == 2 and found["interval"] == pytest.approx([2 - half, 2 + half])
     assert compare.difference(a, b, np.arange(12), score=score)["interval"][0] < -40
+    rare = compare.difference(a, b, np.arange(12), score=lambda counts, void: np.full(counts.shape[:-2], np.nan))
+    assert "interval" not in rare and rare["reason"] == "a class is missing from many blocks"
 
 
 def test_holm_multiplies_the_smallest_p_by_all():

@@ -219,13 +219,10 @@ def test_one_archive_of_cityscapes_alone_is_no_reason_to_draw_scenes(mounts, raw
         place.find_data(tmp_path / "runs")
 
 
-def test_an_archive_is_to_be_unpacked_and_of_two_data_sets_the_first_is_taken(
-    mounts, raw, tmp_path, capsys, monkeypatch
-):
+def test_an_archive_is_to_be_unpacked_and_the_first_of_two_data_sets_taken(mounts, raw, tmp_path, capsys, monkeypatch):
     (mounts / "leftImg8bit_trainvaltest.zip").touch()
-    with pytest.raises(
-        UserError, match=r"leftImg8bit_trainvaltest.zip: expected folders of pictures, found an archive"
-    ):
+    said = r"leftImg8bit_trainvaltest.zip: expected folders of pictures, found an archive"
+    with pytest.raises(UserError, match=said):
         place.find_data(tmp_path / "runs")
     for name in ("a", "b"):
         shutil.copytree(raw, mounts / name)

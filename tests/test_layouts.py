@@ -246,10 +246,8 @@ def test_ones_own_images_and_masks_train_by_a_class_file(scenes, tmp_path, capsy
     assert "walker" in capsys.readouterr().out
     save(tmp_path / "a.png", np.zeros((40, 60, 3), np.uint8))
     assert command("predict", tmp_path / "run", tmp_path / "a.png", "--out", tmp_path / "p") == 0
-    assert {tuple(c) for c in np.asarray(Image.open(tmp_path / "p" / "colour" / "a.png")).reshape(-1, 3)} <= {
-        (1, 2, 3),
-        (4, 5, 6),
-    }
+    painted = np.asarray(Image.open(tmp_path / "p" / "colour" / "a.png")).reshape(-1, 3)
+    assert {tuple(colour) for colour in painted} <= {(1, 2, 3), (4, 5, 6)}
 
 
 @pytest.mark.parametrize("kind", ["ids", "binary", "colours", "palette"])
@@ -425,9 +423,8 @@ def test_real_frames_have_no_warning(camvid, cityscapes_sample, tmp_path, capsys
 def test_an_unknown_layout_is_shown_and_several_are_listed(scenes, tmp_path):
     (tmp_path / "frames" / "a").mkdir(parents=True)
     save(tmp_path / "frames" / "a" / "one.png", scenes["val"][0][0])
-    with pytest.raises(
-        UserError, match=r"expected .* of docs/data.md; found frames/a/ with 1 files like one.png, 256x128"
-    ):
+    said = r"expected .* of docs/data.md; found frames/a/ with 1 files like one.png, 256x128"
+    with pytest.raises(UserError, match=said):
         layouts.find_data(tmp_path)
     (tmp_path / "leftImg8bit_trainvaltest.zip").touch()
     with pytest.raises(UserError, match=r"one.png, 256x128, .*trainvaltest.zip is not unpacked"):

@@ -5,10 +5,13 @@ import re
 import shutil
 
 import build
+import numpy as np
 import pytest
 from conftest import ROOT
 from pypdf import PdfReader
 
+from unetseg import plots
+from unetseg.classes import CLASS_SETS
 from unetseg.files import UserError, read_json
 from unetseg.settings import TITLES
 
@@ -80,3 +83,13 @@ def test_the_committed_report_says_what_the_verdicts_say():
             assert finding in text
     names = {path.name for path in (ROOT / "report" / "results").iterdir()}
     assert names >= {"drawn-quick.json", "predictions.jpg", "samples.jpg"}
+
+
+def test_figures_are_drawn_for_many_classes(tmp_path):
+    rng, class_set = np.random.default_rng(0), CLASS_SETS["cityscapes19"]
+    names, painted = class_set.names, class_set.paint(rng.integers(0, 19, (8, 16)))
+    figures = [plots.panels([[painted] * 2], ["a", "b"], class_set)]
+    figures.append(plots.class_distribution(class_set, {"train": np.full(20, 1 / 20)}))
+    figures.append(plots.confusion_matrix(rng.integers(0, 9, (19, 19)), names))
+    figures.append(plots.iou_by_stage({"one": dict.fromkeys(names), "two": dict.fromkeys(names, 0.5)}))
+    assert all(plots.save(f, tmp_path / f"{n}.png").stat().st_size > 2000 for n, f in enumerate(figures))

@@ -318,12 +318,10 @@ def test_a_finished_run_on_a_read_only_place_is_used_as_it_is(home, processed, m
 def test_each_trial_of_the_sweep_trains_in_a_folder_of_its_own(processed, tmp_path, monkeypatch):
     sweep = yaml.safe_load((ROOT / "report" / "plans" / "sweep.yaml").read_text())
     line = [{"processed": processed, "runs/sweep": tmp_path}.get(part, part) for part in sweep["command"][4:-1]]
+    values = {name: one.get("values", [one.get("value", one.get("min"))]) for name, one in sweep["parameters"].items()}
     monkeypatch.setenv("WANDB_SWEEP_ID", "s")
     for trial, place in (("a", 0), ("b", -1)):
         monkeypatch.setenv("WANDB_RUN_ID", trial)
-        values = {
-            name: one.get("values", [one.get("value", one.get("min"))]) for name, one in sweep["parameters"].items()
-        }
         flags = [f"--{name}={found[place]}" for name, found in values.items()]
         assert command(*line, *flags, "--epochs=1", "--channels=4", "--depth=1") == 0
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"a", "b"}

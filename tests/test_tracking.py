@@ -222,11 +222,8 @@ def test_what_the_user_says_is_obeyed(nobody, train, monkeypatch, tmp_path):
         about = wandb_file.last(files(train(name, **project)[0])[0], "run")
         names[name] = about.project, about.display_name, about.run_group, about.job_type
     theirs = "my name", "my group", "scratch"
-    assert names == {
-        "a": ("of the file", "a-seed0", "home", "scratch"),
-        "b": ("theirs", *theirs),
-        "c": ("asked", *theirs),
-    }
+    of_file = "of the file", "a-seed0", "home", "scratch"
+    assert names == {"a": of_file, "b": ("theirs", *theirs), "c": ("asked", *theirs)}
 
 
 def test_what_was_logged_is_read_back_from_the_offline_file(nobody, train):
@@ -292,10 +289,8 @@ run.train(Settings("scratch", {str(processed)!r}, {str(tmp_path / "home" / "scra
 
 
 def test_nothing_of_wandb_stops_a_training(nobody, train, monkeypatch, capsys, tmp_path):
-    for name, fault in (
-        ("a", lambda **more: 1 / 0),
-        ("b", lambda **more: (_ for _ in ()).throw(wandb.errors.Error("no"))),
-    ):
+    faults = {"a": lambda **more: 1 / 0, "b": lambda **more: (_ for _ in ()).throw(wandb.errors.Error("no"))}
+    for name, fault in faults.items():
         monkeypatch.setattr(wandb, "init", fault)
         assert len(checkpoint.read_history(train(name)[0])) == 2
     monkeypatch.undo()

@@ -174,9 +174,10 @@ def do(plan: dict, job: Job, data: Path, out: Path, results: Path, end: float) -
     """Train and score one run; returns whether it was finished by `end`, a time.monotonic()."""
     run, left = out / job.name, max(1e-3, (end - time.monotonic()) / 60)
     settings = replace(settings_of(plan, job, data, out), max_minutes=None if end == math.inf else left)
+    if start := start_of(plan, job):
+        require(plan, start, out)
     history = train(settings, log=lambda row: None)
-    for one in filter(None, (start_of(plan, job), job)):
-        require(plan, one, out)
+    require(plan, job, out)
     if len(history) < recipe_of(plan, job)["epochs"]:
         return False
     if not (results / f"{job.name}.npz").is_file():
@@ -212,7 +213,8 @@ def read_result(path: Path) -> tuple[dict, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             facts = json.loads(str(file["facts"]))
-            return facts | {key: facts[key] for key in ("recipe", "data")}, file["confusions"].astype(np.int64)
+            facts["recipe"], facts["data"]  # a KeyError where an older version wrote it
+            return facts, file["confusions"].astype(np.int64)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
         raise UserError(f"{path}: expected a result, found a damaged or older file; delete it and rerun") from None
 
@@ -286,10 +288,8 @@ def difference_of_rows(base: dict[int, list], other: dict[int, list], class_name
     """The difference of two rows over the images of all folds, paired by seed: of mIoU, or of the IoU of a class. A
     single seed gets no verdict: what another one would change is unknown."""
     facts = [facts for facts, _ in next(iter(base.values()))]
-    scored = facts[0] | {
-        "images": [i for f in facts for i in f["images"]],
-        "split": ", ".join(f["split"] for f in facts),
-    }
+    scored = facts[0] | {"split": ", ".join(fold["split"] for fold in facts)}
+    scored["images"] = [image for fold in facts for image in fold["images"]]
     groups = [np.stack([np.concatenate([c for _, c in folds]) for folds in row.values()]) for row in (base, other)]
     of_class = lambda counts, void: iou(under_rule(counts, void))[..., facts[0]["classes"].index(class_name)]  # noqa: E731
     found = difference_over(*groups, scored, score=of_class if class_name else pooled_miou, paired=True)
