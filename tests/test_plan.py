@@ -2,15 +2,18 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, command
 
 from unetseg.data import Batches, load_split
 from unetseg.evaluation.compare import pooled_miou
 from unetseg.files import UserError, read_json
 from unetseg.processed import find_split, hold_out, moment
+from unetseg.settings import Settings, with_preset
 from unetseg.tools import plan
 
 CLIP = [f"0001TP_{number:06d}" for number in range(6690, 8521, 30)]  # 62 seconds, a frame each
@@ -24,7 +27,6 @@ channels = 4
 depth = 2
 epochs = 1
 [rows.scratch]
-title = "from scratch"
 [rows.control]
 init = "scratch"
 [rows.ce_dice]
@@ -80,33 +82,47 @@ def test_a_run_with_a_fold_is_scored_on_it(processed, tmp_path):
 
 
 def test_half_size_is_the_mean_of_four_pixels_and_the_class_under_the_centre(processed):
-    import torch
-
     train_set = load_split(processed, "train")
     images, masks = train_set.batch(torch.tensor([0]), torch.device("cpu"))
     half, half_masks = train_set.batch(torch.tensor([0]), torch.device("cpu"), 2)
     assert torch.allclose(half[0, :, 3, 5], images[0, :, 6:8, 10:12].mean(dim=(1, 2)))
     assert half_masks[0, 3, 5] == masks[0, 7, 11] and half_masks.shape == (1, 16, 32)
-    from unetseg.settings import Settings, with_preset
-
     batches = Batches(train_set, 6, torch.device("cpu"), with_preset(Settings()), half_epochs=2)
     assert [next(batches.epoch(number))[0].shape[-2:] for number in (1, 2, 3)] == [(16, 32), (16, 32), (32, 64)]
 
 
 def test_a_plan_is_done_once_and_goes_on_where_it_was(a_plan, processed, tmp_path, monkeypatch):
-    done, do = [], plan.do
-    monkeypatch.setattr(plan, "do", lambda plan, job, *more: done.append(job.name) or do(plan, job, *more))
+    begun, train = [], plan.train
+    monkeypatch.setattr(plan, "train", lambda settings, **more: begun.append(settings) or train(settings, **more))
     out, results = tmp_path / "out", tmp_path / "out" / "results"
     summary = plan.run_plan(a_plan, processed, out, results)
-    assert len(done) == 12 and done[0] == "scratch-seed0-fold0" and len(list(results.glob("*.npz"))) == 12
-    assert not list(out.glob("[a-z]*-seed*")), "folders that no run needs any more"
+    assert len(list(results.glob("*.npz"))) == 12 and not list(out.rglob("state.pt"))
+    assert [s.seed for s in begun] == 10 * [0] + 10 * [1], "starts are looked at before their heirs"
     check_summary(results)
+    lost = "scratch-seed1-fold1", "ce_dice-seed1-fold1"
     (results / "ce_dice-seed1-fold1.npz").unlink()
-    stopped = plan.run_plan(a_plan, processed, out, results, max_minutes=1e-9)
-    assert stopped["rows"]["ce_dice"]["seeds"] == [0] and len(done) == 12
+    for name in lost:
+        shutil.rmtree(out / name)
+    begun.clear()
+    stopped = plan.run_plan(a_plan, processed, out, results, max_minutes=0)
+    assert stopped["rows"]["ce_dice"]["seeds"] == [0] and not begun
+    with plan.locked(out, plan.Job("scratch", 1, 1)):
+        assert plan.run_plan(a_plan, processed, out, results)["rows"]["ce_dice"]["seeds"] == [0] and not begun
     again = plan.run_plan(a_plan, processed, out, results)
-    assert done[12:] == ["scratch-seed1-fold1", "ce_dice-seed1-fold1"], "the start, whose weights were dropped, too"
+    assert [s.out for s in begun] == [str(out / name) for name in lost], "the start, whose result was there, too"
     assert again["rows"]["ce_dice"]["mean"]["scores mIoU"] == summary["rows"]["ce_dice"]["mean"]["scores mIoU"]
+
+
+def test_nothing_starts_from_a_training_that_is_not_finished(a_plan, processed, tmp_path, monkeypatch):
+    found, job = plan.read_plan(a_plan), plan.Job("ce_dice", 0, 0)
+    monkeypatch.setattr(plan, "train", lambda settings, **more: [])  # as where the time is up
+    assert plan.trained(found, job, processed, tmp_path, np.inf) == [] and not (tmp_path / job.name).exists()
+    monkeypatch.undo()
+    assert len(plan.trained(found, job, processed, tmp_path, np.inf)) == 1
+    start = plan.settings_of(found, plan.start_of(found, job), processed, tmp_path)
+    plan.train(replace(start, epochs=2), log=lambda row: None)
+    with pytest.raises(UserError, match="epochs: 2 there, 1 here"):
+        plan.trained(found, job, processed, tmp_path, np.inf)
 
 
 def check_summary(results):
@@ -171,21 +187,3 @@ def test_results_of_other_recipes_or_data_are_refused(row, change, other, tmp_pa
     np.savez(tmp_path / "control-seed1-fold0.npz", facts="{}", confusions=0)
     with pytest.raises(UserError, match="found a damaged or older file"):
         plan.read_results(found, tmp_path)
-
-
-def test_nothing_starts_from_a_training_that_is_not_finished(tmp_path, monkeypatch):
-    """A row whose result is there, but not its weights, is trained again before what starts from it, and so on."""
-    rows = {"first": {}, "second": {"init": "first"}, "third": {"init": "second"}}
-    found, jobs, trained = {"rows": rows}, [plan.Job(row, 0, None) for row in rows], []
-    monkeypatch.setattr(plan, "is_trained", lambda run: run.name in trained)
-    for job in jobs[:2]:
-        (tmp_path / f"{job.name}.npz").touch()
-    for job in jobs:
-        assert [plan.is_next(found, other, tmp_path, tmp_path) for other in jobs] == [other == job for other in jobs]
-        trained.append(job.name)
-    (tmp_path / "model.safetensors").touch()
-    monkeypatch.undo()
-    monkeypatch.setattr(plan.checkpoint, "read_about", lambda run: None)
-    for unfinished in ("1 of 2 epochs", ""):
-        monkeypatch.setattr(plan.checkpoint, "unfinished", lambda about, said=unfinished: said)
-        assert plan.is_trained(tmp_path) != bool(unfinished)

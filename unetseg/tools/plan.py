@@ -7,7 +7,6 @@ share under [settings], and a table [rows.<name>] each: `title`, settings, and a
 
 import json
 import math
-import shutil
 import time
 import tomllib
 import zipfile
@@ -121,71 +120,44 @@ def data_of(data: Path, fold: int | None) -> dict[str, str]:
     return {use: find_split(data, name).sha256 for use, name in names.items()}
 
 
-def require(plan: dict, job: Job, out: Path) -> None:
-    """Raise UserError where a run folder was given more epochs, or began from other weights than its start has now."""
-    config, init = checkpoint.read_config(out / job.name), settings_of(plan, job, Path(), out).init
-    now = init and Path(init).exists() and checkpoint.weights_sha256(Path(init))
-    if len(config["cycles"]) > 1 or (now and now != config["init_sha256"]):
-        raise UserError(f"{out / job.name}: expected the training that the plan describes; delete the folder")
-
-
 def run_plan(path: Path, data: Path, out: Path, results: Path, max_minutes: float = math.inf) -> dict:
-    """Do what is left of a plan, then write and return its summary. Several processes may work on one plan."""
-    plan, end, finished = read_plan(path), time.monotonic() + 60 * max_minutes, True
+    """Do what is left of a plan, then write and return its summary. Of several processes that work on one plan, each
+    passes over what another is at, and over what starts from it: the other one comes by there later."""
+    plan, end = read_plan(path), time.monotonic() + 60 * max_minutes
     read_results(plan, make_folder(results), {fold: data_of(data, fold) for fold in plan["folds"]})
-    while finished and time.monotonic() < end:
-        for job in (job for job in jobs_of(plan) if job.fold is not None):  # remove the folders that nothing needs
-            if (results / f"{job.name}.npz").is_file() and not has_heirs(plan, job, out, results):
-                shutil.rmtree(out / job.name, ignore_errors=True)
-        finished = False
-        for job in (job for job in jobs_of(plan) if is_next(plan, job, out, results)):
-            with suppress(Timeout), FileLock(make_folder(out) / f".{job.name}.lock", timeout=0):  # or another is at it
-                if is_next(plan, job, out, results):
-                    finished = do(plan, job, data, out, results, end)
-                    break
+    for job in jobs_of(plan):
+        with suppress(Timeout), locked(out, job):
+            if not (results / f"{job.name}.npz").is_file() and (history := trained(plan, job, data, out, end)):
+                keep(plan, job, data, out, results, history)
     return summarise(plan, results)
 
 
-def is_needed(plan: dict, job: Job, out: Path, results: Path) -> bool:
-    """Whether a run is still to be done, for its result or for the weights that another one starts from."""
-    missing = not (results / f"{job.name}.npz").is_file()
-    return missing or (has_heirs(plan, job, out, results) and not is_trained(out / job.name))
+def locked(out: Path, job: Job) -> FileLock:
+    """A lock of a run, which raises Timeout where another process has it."""
+    return FileLock(make_folder(out) / f".{job.name}.lock", timeout=0)
 
 
-def has_heirs(plan: dict, job: Job, out: Path, results: Path) -> bool:
-    """Whether a run that starts from this one is still to be done."""
-    heirs = [replace(job, row=name) for name, row in plan["rows"].items() if row.get("init") == job.row]
-    return any(is_needed(plan, heir, out, results) for heir in heirs)
-
-
-def is_next(plan: dict, job: Job, out: Path, results: Path) -> bool:
-    """Whether a run is needed, and what it starts from is trained and scored."""
-    start = start_of(plan, job)
-    ready = start is None or (is_trained(out / start.name) and (results / f"{start.name}.npz").is_file())
-    return ready and is_needed(plan, job, out, results)
-
-
-def is_trained(run: Path) -> bool:
-    """Whether a run folder has the weights of a finished training."""
-    return (run / checkpoint.WEIGHTS).is_file() and not checkpoint.unfinished(checkpoint.read_about(run))
-
-
-def do(plan: dict, job: Job, data: Path, out: Path, results: Path, end: float) -> bool:
-    """Train and score one run; returns whether it was finished by `end`, a time.monotonic()."""
-    run, left = out / job.name, max(1e-3, (end - time.monotonic()) / 60)
-    settings = replace(settings_of(plan, job, data, out), max_minutes=None if end == math.inf else left)
+def trained(plan: dict, job: Job, data: Path, out: Path, end: float) -> list[dict]:
+    """The history of a run that is trained to its end, after the one that it starts from; [] where the time `end`
+    (time.monotonic) came first."""
     if start := start_of(plan, job):
-        require(plan, start, out)
+        with locked(out, start):
+            if not trained(plan, start, data, out, end):
+                return []
+    if (left := (end - time.monotonic()) / 60) <= 0:
+        return []
+    settings = replace(settings_of(plan, job, data, out), max_minutes=None if end == math.inf else left)
     history = train(settings, log=lambda row: None)
-    require(plan, job, out)
-    if len(history) < recipe_of(plan, job)["epochs"]:
-        return False
-    if not (results / f"{job.name}.npz").is_file():
-        facts, confusions = score(run, data, job.fold, history)
-        facts |= {"row": job.row, "seed": job.seed, "fold": job.fold, "recipe": recipe_of(plan, job)}
-        with atomic_open(results / f"{job.name}.npz", durable=True) as file:
-            np.savez_compressed(file, facts=json.dumps(facts), confusions=confusions.astype(np.uint32))
-    return True
+    return history if len(history) == with_preset(settings).epochs else []
+
+
+def keep(plan: dict, job: Job, data: Path, out: Path, results: Path, history: list[dict]) -> None:
+    """Score a trained run, keep the result, and of the run's folder what another run may start from."""
+    facts, confusions = score(out / job.name, data, job.fold, history)
+    facts |= {"row": job.row, "seed": job.seed, "fold": job.fold, "recipe": recipe_of(plan, job)}
+    with atomic_open(results / f"{job.name}.npz", durable=True) as file:
+        np.savez_compressed(file, facts=json.dumps(facts), confusions=confusions.astype(np.uint32))
+    (out / job.name / checkpoint.STATE).unlink(missing_ok=True)
 
 
 def score(run: Path, data: Path, fold: int | None, history: list[dict]) -> tuple[dict, np.ndarray]:
