@@ -140,47 +140,18 @@ def plan_contents(plan: dict) -> dict:
     best = [row for row in done if row["title"] in TITLES.values()]
     stages = " ".join(sentence(row, plan["rows"]) for row in best if row["control"] in plan["rows"])
     facts = {"name": plan["name"], "columns": PLAN_COLUMNS, "rows": plan_cells(plan), "note": plan_note(plan)}
-    facts |= {"folds": len(plan["folds"]), "findings": findings(done), "discussion": discussion(plan["rows"])}
-    columns = DETAILS | RARE
+    facts["folds"], columns = len(plan["folds"]), DETAILS | RARE
     facts["details"] = {"columns": list(columns), "rows": mean_cells(plan, columns.values())}
     facts["occluded"] = any(key.startswith("lost_under") for row in done for key in row["mean"])
     return facts | {"abstract": f"In the plan {where}: {stages}" if stages else ""}
 
 
-def findings(rows: list[dict]) -> list[str]:
-    """Which rows are better than their controls, worse, or not distinguishable from them."""
-    said = []
-    for key, what in (("miou", "mIoU"), ("person_iou", "the IoU of people")):
-        groups: dict[str, list[str]] = {}
-        for row in rows:
-            verdict = row.get(f"{key}_against_control", {})
-            if "verdict" in verdict:
-                groups.setdefault(verdict["verdict"], []).append(row["title"])
-        parts = [f"{verdict}: {', '.join(titles)}" for verdict, titles in sorted(groups.items())]
-        said += [f"In {what}, against their controls, {'; '.join(parts)}."] if parts else []
-    return said
-
-
-def discussion(rows: dict) -> list[str]:
-    """What class weights do to people, in numbers, where a plan has a row for them alone and its control."""
-    row = next((row for row in rows.values() if row["title"] == "weights 1 / sqrt(frequency)"), {})
-    if "control_mean" not in row:
-        return []
-    sides = row["control_mean"], row["mean"]
-    shares = [" to ".join(f"{mean[key]:.2f}".lstrip("0") for mean in sides) for key in RARE.values()]
-    moved = "recall goes from {}, precision from {}".format(*shares)
-    return [f"Class weights move people from missed to over-predicted: {moved}."]
-
-
 def sentence(row: dict, rows: dict) -> str:
     """What the verdicts say of a row: better, worse, or not distinguishable, with the intervals."""
-    said = []
-    for key, what in (("miou", "mIoU"), ("person_iou", "the IoU of people")):
-        verdict = row.get(f"{key}_against_control")
-        if verdict:
-            said.append(f"{what} is {phrase(verdict)}")
+    scores = {"miou_against_control": "mIoU", "person_iou_against_control": "the IoU of people"}
+    said = ", ".join(f"{what} is {phrase(row[key])}" for key, what in scores.items() if key in row)
     title = row["title"][0].upper() + row["title"][1:]
-    return f"{title}, against {rows[row['control']]['title']}: {', '.join(said)}."
+    return f"{title}, against {rows[row['control']]['title']}: {said}."
 
 
 def phrase(verdict: dict) -> str:
@@ -238,16 +209,17 @@ PLAN_COLUMNS = ["mIoU", "person", "lost under occluders", "points of mIoU", "of 
 def plan_note(summary: dict) -> str:
     """What the numbers of a plan are."""
     context, rows = summary["context"], summary["rows"]
-    against = {row["title"]: rows[row["control"]]["title"] for row in rows.values() if row["control"] in rows}
+    against = {f"“{row['title']}”": row["control"] for row in rows.values() if row["control"] in rows}
+    against = {title: f"“{rows[control]['title']}”" for title, control in against.items()}
     usual = max(against.values(), key=[*against.values()].count, default="")
     folds = f"means over {len(summary['folds'])} folds, " * (len(summary["folds"]) > 1)
     where = f"{summary['name']}: {folds}{context['size']}, {summary['precision']}, "
     where += f"{context['device']}, torch {context['torch']}."
-    if not usual:
+    verdict = next((row["miou_against_control"] for row in rows.values() if "miou_against_control" in row), None)
+    if verdict is None:
         return where
     others = "".join(f"; of {title}, to {control}" for title, control in against.items() if control != usual)
     points = f"Points are differences, of the scores pooled over all frames, to {usual}{others}."
-    verdict = next(row["miou_against_control"] for row in rows.values() if "miou_against_control" in row)
     blocks = f"{verdict['blocks']} {'blocks of ten seconds' if verdict['names_tell_time'] else 'images'}"
     return f"{where} {points} In brackets 95 % intervals over {blocks}; {MARKED}."
 
@@ -341,6 +313,7 @@ def main() -> int:
     for home in args.runs:
         adopt(home)
     plans = {path.parent.name: read_json(path) for path in sorted(RESULTS.glob("*/summary.json"))}
+    plans = {name: plan for name, plan in plans.items() if any("mean" in row for row in plan["rows"].values())}
     files = [read_json(path) for path in sorted(RESULTS.glob("*.json"))]
     results = sorted((file for file in files if "runs" in file), key=lambda file: not file["name"].startswith("drawn"))
     update_texts(plans)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from conftest import ROOT, command
 
 from unetseg.data import Batches, load_split
 from unetseg.evaluation.compare import pooled_miou
-from unetseg.files import UserError, read_json
+from unetseg.files import UserError, exclusive, read_json
 from unetseg.processed import find_split, hold_out, moment
 from unetseg.settings import Settings, with_preset
 from unetseg.tools import plan
@@ -106,22 +105,24 @@ def test_a_plan_is_done_once_and_goes_on_where_it_was(a_plan, processed, tmp_pat
     begun.clear()
     stopped = plan.run_plan(a_plan, processed, out, results, max_minutes=0)
     assert stopped["rows"]["ce_dice"]["seeds"] == [0] and not begun
-    with plan.locked(out, plan.Job("scratch", 1, 1)):
-        assert plan.run_plan(a_plan, processed, out, results)["rows"]["ce_dice"]["seeds"] == [0] and not begun
+    with exclusive(out / ".locks" / lost[0]):  # as where another process trains the start
+        plan.run_plan(a_plan, processed, out, results, max_minutes=0.01)
+    assert not begun
     again = plan.run_plan(a_plan, processed, out, results)
     assert [s.out for s in begun] == [str(out / name) for name in lost], "the start, whose result was there, too"
     assert again["rows"]["ce_dice"]["mean"]["scores mIoU"] == summary["rows"]["ce_dice"]["mean"]["scores mIoU"]
 
 
-def test_nothing_starts_from_a_training_that_is_not_finished(a_plan, processed, tmp_path, monkeypatch):
+def test_nothing_starts_from_another_training_than_the_plan_s(a_plan, processed, tmp_path, monkeypatch):
     found, job = plan.read_plan(a_plan), plan.Job("ce_dice", 0, 0)
+    start = plan.start_of(found, job)
     monkeypatch.setattr(plan, "train", lambda settings, **more: [])  # as where the time is up
-    assert plan.trained(found, job, processed, tmp_path, np.inf) == [] and not (tmp_path / job.name).exists()
+    assert not plan.trained(found, job, processed, tmp_path, np.inf) and not (tmp_path / job.name).exists()
     monkeypatch.undo()
-    assert len(plan.trained(found, job, processed, tmp_path, np.inf)) == 1
-    start = plan.settings_of(found, plan.start_of(found, job), processed, tmp_path)
-    plan.train(replace(start, epochs=2), log=lambda row: None)
-    with pytest.raises(UserError, match="epochs: 2 there, 1 here"):
+    assert plan.trained(found, job, processed, tmp_path, np.inf)
+    shutil.rmtree(tmp_path / start.name)
+    found["rows"]["scratch"]["lr"] = 1e-4
+    with pytest.raises(UserError, match="expected the training that the plan describes"):
         plan.trained(found, job, processed, tmp_path, np.inf)
 
 
@@ -149,7 +150,7 @@ def check_summary(results):
     (("epochs = 1", "epochs = 0"), "epochs: expected a whole number from 1"),
     (('precision = "fp32"', ""), "no 'precision'"),
     (("seeds = [0, 1]", "seeds = []"), "no rows, seeds or folds"),
-    (("seeds = [0, 1]", "seeds = [1, 1]"), "one of them twice"),
+    (("seeds = [0, 1]", "seeds = [1, 1]"), "(or a title) twice"),
     (("folds = [0, 1]", "folds = [0, 4]"), "fold: expected a whole number from 0 to 3"),
     (('"fp32"', '"auto"'), "or precision auto"),
     (("channels = 4", "seed = 4"), "the unknown seed"),

@@ -21,10 +21,10 @@ BUDGETS = {  # lines, docstrings and comments included, blank ones not
     "around it": ([f"unetseg/{name}.py" for name in AROUND], 961),
     "evaluation": (["unetseg/evaluation/*.py"], 725),
     "show": (["unetseg/show/*.py"], 392),
-    "tools": (["unetseg/tools/*.py"], 1974),
+    "tools": (["unetseg/tools/*.py"], 1987),
     "notebooks": (["notebooks/*.py"], 300),
     "the script": (["preprocessing/*.py"], 20),
-    "report": (["report/*.py", "report/*.typ"], 425),
+    "report": (["report/*.py", "report/*.typ"], 400),
     "benchmarks": (["benchmarks/*.py"], 900),
     "tests": (["tests/*.py"], 4500),
 }

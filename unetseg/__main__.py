@@ -37,8 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=whole_number(0, 2**32 - 1), default=0)
     add("--size", type=parse_size, default=(1024, 512), metavar="WxH", help="1024x512")
     add_flags(commands.add_parser("train", help="train a run; the same command resumes it"))
-    add = commands.add_parser("resume", help="resume a run by its config.json").add_argument
-    add("run", type=Path)
+    commands.add_parser("resume", help="resume a run by its config.json").add_argument("run", type=Path)
     add_evaluation(commands)
     add_show(commands)
     add = commands.add_parser("plan", help="train and score the rows of a plan, or resume it").add_argument
@@ -205,8 +204,7 @@ def plan(args: argparse.Namespace) -> int:
     from .tools.plan import plan_table, run_plan
 
     listen()
-    summary = run_plan(args.plan, args.data, args.out, args.results or args.out / "results", args.max_minutes)
-    say(plan_table(summary))
+    say(plan_table(run_plan(args.plan, args.data, args.out, args.results or args.out / "results", args.max_minutes)))
     return 0
 
 

@@ -23,6 +23,10 @@ class UserError(ValueError):
     """Something we were given is wrong; the message is complete without a traceback."""
 
 
+class Busy(UserError):
+    """Another process has the lock."""
+
+
 class FileError(OSError, UserError):
     """A file could not be read or written; the message names it."""
 
@@ -74,14 +78,14 @@ def make_folder(path: Path) -> Path:
 def exclusive(folder: Path, wait: bool = False) -> Iterator[None]:
     """Be the only process that writes into `folder`, and remove temporary files that killed processes left there.
 
-    wait  wait for another writer to finish; otherwise raise UserError when there is one
+    wait  wait for another writer to finish; otherwise raise Busy when there is one
     """
     lock = FileLock(make_folder(folder) / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
         if not wait:
-            raise UserError(f"{folder}: another process is writing here; wait for it, or use another folder") from None
+            raise Busy(f"{folder}: another process is writing here; wait for it, or use another folder") from None
         print(f"{folder}: waiting for another process that is writing here", file=sys.stderr)
         lock.acquire()
     except (NotImplementedError, OSError) as error:

@@ -47,9 +47,9 @@ def difference(
     a, b    (S, N, C + 1, C) counts: seeds x images; the same N images, as many seeds as there are
     blocks  (N,) the block of each image, which is drawn as a whole
     paired  whether seed k of `b` belongs to seed k of `a`, as where both started from the same weights
-    A paired bootstrap draws blocks of images; seeds are a second level. Both variances are corrected for the few that
-    were drawn from, and the interval is Student's with Welch and Satterthwaite's degrees of freedom, because the
-    percentiles of a few blocks are too narrow. After Efron & Tibshirani, "An Introduction to the Bootstrap", 1993.
+    A paired bootstrap draws blocks of images; the variance between seeds is added to its own. Both are corrected for
+    the few that were drawn from, and the interval is Student's with Welch and Satterthwaite's degrees of freedom,
+    because the percentiles of a few blocks are too narrow. After Efron & Tibshirani, 1993.
     """
     rng, names = np.random.default_rng(0), np.unique(blocks)
     number = len(names)

@@ -131,11 +131,11 @@ def headline(results: dict) -> dict[str, float | None]:
 
 
 def read_results(run: Path, split: str | None = None) -> dict:
-    """The scores that `evaluate_run` left in a run folder, those of the test split first.
+    """The scores that `evaluate_run` left in a run folder: of its fold, else of the test split, else of val.
 
     Raises UserError when there are none, or when they are those of other weights than the folder's.
     """
-    names = (split,) if split else ("test", "val", "val_all", *(f"fold{k}" for k in range(FOLDS)))
+    names = (split,) if split else (*(f"fold{k}" for k in range(FOLDS)), "test", "val", "val_all")
     path = next((path for name in names if (path := run / f"results_{name}.json").is_file()), None)
     if path is None:
         raise UserError(f"{run}: expected results_<split>.json, found none; run `python -m unetseg evaluate` first")

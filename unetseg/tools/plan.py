@@ -11,12 +11,11 @@ import time
 import tomllib
 import zipfile
 import zlib
-from contextlib import suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from .. import checkpoint
 from ..data import load_split
@@ -24,7 +23,7 @@ from ..evaluation import evaluate_run, headline, joined, verdicts
 from ..evaluation.compare import difference_over, pooled_miou, read_confusions, verdict_line
 from ..evaluation.details import mean
 from ..evaluation.robustness import counts, predict_all, unseen_occluders
-from ..files import UserError, atomic_open, make_folder, read_bytes, write_json
+from ..files import Busy, UserError, atomic_open, exclusive, make_folder, read_bytes, write_json
 from ..inference import trained_model
 from ..metrics import iou, scores, under_rule
 from ..processed import find_split, scored_split, training_splits
@@ -58,8 +57,9 @@ def read_plan(path: Path) -> dict:
         unknown += [f"{name}.{key}" for name, row in plan["rows"].items() for key in {*row} - (ROW - {"void"})]
         rows = plan["rows"] = {name: plan["settings"] | row for name, row in plan["rows"].items()}
         jobs = jobs_of(plan)
-        if unknown or not (plan["name"] and jobs) or len({*jobs}) < len(jobs) or plan["precision"] == "auto":
-            said = "no rows, seeds or folds, one of them twice, or precision auto"
+        twice = len({*jobs}) < len(jobs) or len({row.get("title", name) for name, row in rows.items()}) < len(rows)
+        if unknown or not (plan["name"] and jobs) or twice or plan["precision"] == "auto":
+            said = "no rows, seeds or folds, one of them (or a title) twice, or precision auto"
             raise ValueError(f"the unknown {', '.join(unknown)}" if unknown else said)
         for place, (name, row) in enumerate(rows.items()):
             init, control = row.get("init"), row.get("control")
@@ -121,52 +121,63 @@ def data_of(data: Path, fold: int | None) -> dict[str, str]:
 
 
 def run_plan(path: Path, data: Path, out: Path, results: Path, max_minutes: float = math.inf) -> dict:
-    """Do what is left of a plan, then write and return its summary. Of several processes that work on one plan, each
-    passes over what another is at, and over what starts from it: the other one comes by there later."""
+    """Do what is left of a plan, then write and return its summary. Several processes may work on one plan: what one is
+    at, the others leave for later."""
     plan, end = read_plan(path), time.monotonic() + 60 * max_minutes
     read_results(plan, make_folder(results), {fold: data_of(data, fold) for fold in plan["folds"]})
-    for job in jobs_of(plan):
-        with suppress(Timeout), locked(out, job):
-            if not (results / f"{job.name}.npz").is_file() and (history := trained(plan, job, data, out, end)):
-                keep(plan, job, data, out, results, history)
+    left = jobs_of(plan)
+    while left and time.monotonic() < end:
+        job = left.pop(0)
+        try:
+            with exclusive(out / ".locks" / job.name):
+                path = results / f"{job.name}.npz"
+                if not path.is_file():
+                    if not trained(plan, job, data, out, end):
+                        break
+                    score(out / job.name, data, job.fold, recipe_of(plan, job), path)
+        except Busy:
+            left.append(job)
+            time.sleep(1)
     return summarise(plan, results)
 
 
-def locked(out: Path, job: Job) -> FileLock:
-    """A lock of a run, which raises Timeout where another process has it."""
-    return FileLock(make_folder(out) / f".{job.name}.lock", timeout=0)
-
-
-def trained(plan: dict, job: Job, data: Path, out: Path, end: float) -> list[dict]:
-    """The history of a run that is trained to its end, after the one that it starts from; [] where the time `end`
-    (time.monotonic) came first."""
+def trained(plan: dict, job: Job, data: Path, out: Path, end: float) -> bool:
+    """Train a run, after the one that it starts from; False where the time `end` (time.monotonic) came first. Raises
+    Busy where another process trains its start, UserError where its folder holds another run than the plan's."""
     if start := start_of(plan, job):
-        with locked(out, start):
+        with nullcontext() if is_trained(out / start.name) else exclusive(out / ".locks" / start.name):
             if not trained(plan, start, data, out, end):
-                return []
-    if (left := (end - time.monotonic()) / 60) <= 0:
-        return []
-    settings = replace(settings_of(plan, job, data, out), max_minutes=None if end == math.inf else left)
-    history = train(settings, log=lambda row: None)
-    return history if len(history) == with_preset(settings).epochs else []
+                return False
+    settings, left = settings_of(plan, job, data, out), max(1e-3, (end - time.monotonic()) / 60)
+    require(settings)
+    train(replace(settings, max_minutes=None if end == math.inf else left), log=lambda row: None)
+    if done := is_trained(out / job.name):
+        (out / job.name / checkpoint.STATE).unlink(missing_ok=True)
+    return done
 
 
-def keep(plan: dict, job: Job, data: Path, out: Path, results: Path, history: list[dict]) -> None:
-    """Score a trained run, keep the result, and of the run's folder what another run may start from."""
-    facts, confusions = score(out / job.name, data, job.fold, history)
-    facts |= {"row": job.row, "seed": job.seed, "fold": job.fold, "recipe": recipe_of(plan, job)}
-    with atomic_open(results / f"{job.name}.npz", durable=True) as file:
-        np.savez_compressed(file, facts=json.dumps(facts), confusions=confusions.astype(np.uint32))
-    (out / job.name / checkpoint.STATE).unlink(missing_ok=True)
+def is_trained(run: Path) -> bool:
+    """Whether a run folder has the weights of a finished training."""
+    return (run / checkpoint.WEIGHTS).is_file() and not checkpoint.unfinished(checkpoint.read_about(run))
 
 
-def score(run: Path, data: Path, fold: int | None, history: list[dict]) -> tuple[dict, np.ndarray]:
-    """What a result keeps of a trained run: facts, and the matrix of each image."""
+def require(settings: Settings) -> None:
+    """Raise UserError where a run began from other weights than its start has now, or was given more epochs."""
+    run, init = Path(settings.out), settings.init
+    if (run / checkpoint.CONFIG).is_file():
+        config, now = checkpoint.read_config(run), checkpoint.weights_sha256(Path(init)) if init else None
+        if len(config["cycles"]) > 1 or now != config["init_sha256"]:
+            raise UserError(f"{run}: expected the training that the plan describes; delete the folder")
+
+
+def score(run: Path, data: Path, fold: int | None, recipe: dict, path: Path) -> None:
+    """Score a trained run, and write its result: facts, and the matrix of each image."""
     found = evaluate_run(run, data)
     details, classes = found["details"], found["rules"][found["trained_void"]]["classes"]
     (model, about), dataset = trained_model(run), load_split(data, found["split"])
     facts = {key: about[key] for key in ("classes", "people")} | {key: found[key] for key in KEPT}
-    facts |= {"data": data_of(data, fold), "scores": headline(found), "val_miou": [row["val_miou"] for row in history]}
+    facts |= {"recipe": recipe, "data": data_of(data, fold), "scores": headline(found)}
+    facts["val_miou"] = [row["val_miou"] for row in checkpoint.read_history(run)]
     facts |= {key: {name: row[key] for name, row in classes.items()} for key in ("precision", "recall")}
     facts |= {key: value["mean"] for key, value in details.items() if key.startswith("boundary_")}
     facts |= {key: details[key] for key in ("iou_by_size", "calibration_error")}
@@ -177,7 +188,9 @@ def score(run: Path, data: Path, fold: int | None, history: list[dict]) -> tuple
     flipped = counts(predict_all(model, images, flip=True), masks, len(dataset.class_set)).sum(axis=0)
     flipped = scores(flipped, about["classes"], about["void"])
     facts["flipped"] = {"mIoU": flipped["miou"]} | {name: flipped["classes"][name]["iou"] for name in about["people"]}
-    return facts, read_confusions(run, found["split"])[1]
+    with atomic_open(path, durable=True) as file:
+        confusions = read_confusions(run, found["split"])[1].astype(np.uint32)
+        np.savez_compressed(file, facts=json.dumps(facts), confusions=confusions)
 
 
 def read_result(path: Path) -> tuple[dict, np.ndarray]:
@@ -185,7 +198,7 @@ def read_result(path: Path) -> tuple[dict, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             facts = json.loads(str(file["facts"]))
-            facts["recipe"], facts["data"]  # a KeyError where an older version wrote it
+            facts["recipe"], facts["data"] = whole(facts["recipe"]), facts["data"]  # not there in an older version's
             return facts, file["confusions"].astype(np.int64)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
         raise UserError(f"{path}: expected a result, found a damaged or older file; delete it and rerun") from None
@@ -199,11 +212,11 @@ def read_results(plan: dict, results: Path, data: dict | None = None) -> dict[Jo
         path = results / f"{job.name}.npz"
         if path.is_file():
             found[job] = facts, _ = read_result(path)
-            there, wanted = whole(facts["recipe"]), recipe_of(plan, job)
+            there, wanted = facts["recipe"], recipe_of(plan, job)
             other = sorted(key for key in wanted if wanted[key] != there[key])
             other += ["data"] * (facts["data"] != data.setdefault(job.fold, facts["data"]))
             if other:
-                raise UserError(f"{path}: was made with other {', '.join(other)}; delete it, or take another --results")
+                raise UserError(f"{path}: was made with other {', '.join(other)}; delete it and the run's folder")
     return found
 
 
