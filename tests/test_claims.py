@@ -8,10 +8,11 @@ import pytest
 from conftest import ROOT
 from execute import NOTEBOOKS
 
+from unetseg.evaluation import verdicts
 from unetseg.evaluation.robustness import UNSEEN
 from unetseg.files import read_json
 
-RESULTS = ROOT / "report" / "results"
+RESULTS, SCORES = ROOT / "report" / "results", ("miou", "person_iou")
 CLAIM = r"(?<![\w.])(?:0?\.\d{3}|\.\d\d)\b|\d[\d.]* (?:points|images/s|minutes|times as)"  # .71, 2.7 points
 WRITTEN = r"<!-- (\w+): written by.*?<!-- end of \1 -->"  # tables that have tests of their own
 ANSWER = r" on \d+ of the \d+ val images \(split.*"  # the rest of what is filled in as the notebook runs
@@ -61,7 +62,10 @@ ELEVEN, SEVEN, DRAWN = map(facts, ("camvid11/scratch-seed0", "weights/camvid7-se
 SIZES = [f"{facts(f'camvid7/{row}-seed1-fold0')['parameters'] / 1e6:.1f}" for row in ("scratch", "published")]
 STAGES = "weighted_ce_occlusion", "ce_dice_occlusion"
 SECOND, THIRD = ([points(row, "person_iou"), lost(row), lost(row, "control_mean")] for row in STAGES)
-UNDER = ["{} of the control's drop under stripes, {} under discs, {} under pasted".format(*shares(row)) for row in STAGES]
+DROPS = "{} of the control's drop under stripes, {} under discs, {} under pasted"
+UNDER = [DROPS.format(*shares(row)) for row in STAGES]
+BOTH = {(row, s): found for row in ROWS for s in SCORES if "p" in (found := ROWS[row].get(f"{s}_against_control", {}))}
+P = [f"{found[STAGES[1], 'person_iou']['p_holm']:.2f}".lstrip("0") for found in (BOTH, verdicts(BOTH))]
 PLAIN = " against ".join(lost(STAGES[1], side, UNSEEN[1:]) for side in ("mean", "control_mean"))
 ALONE = f"{lost('occlusion')} (control: {lost('occlusion', 'control_mean')})"
 OPTIMISM = [ROWS[row]["mean"]["val mIoU"] - ROWS[row]["mean"]["scores mIoU"] for row in ("scratch", "control", *STAGES)]
@@ -69,12 +73,12 @@ OPTIMISM = f"{100 * min(OPTIMISM):.0f} to {100 * max(OPTIMISM):.0f} points"
 MINUTES = f"{ELEVEN['train_seconds'] / 60:.1f} minutes on an H200"
 FIRST = ["one", "two", "three", "four", "five"][round(read_json(RESULTS / "first-run.json")["seconds"] / 60) - 1]
 CLAIMS = {
-    "README.md": [f"The first line takes {FIRST} minutes on two cores", UNDER[1]],
+    "README.md": [f"The first line takes {FIRST} minutes on two cores", f"people better (p {P[0]})", UNDER[1]],
     "docs/results.md": [
         f"lifts mIoU by {points('scratch')} over the published one with a network of {' instead of '.join(SIZES)} M",
         people_over_predicted("recall rises from {} to {}, precision falls from {} to {}, and IoU falls by {}."),
         f"recall {weighted('inverse', 'recall person')}, precision {weighted('inverse', 'precision person')}",
-        f"raises the IoU of people by {THIRD[0]} over",
+        f"raises the IoU of people by {THIRD[0]} over the control (p {P[0]}; {P[1]} if both scores",
         f"drops by {THIRD[1]} (control: {THIRD[2]}): {UNDER[1]}",
         f"the drop is {PLAIN}",
         f"drops by {SECOND[1]}; control: {SECOND[2]})",
@@ -138,6 +142,14 @@ def read(name):
         text = "\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
     text = re.sub(ANSWER, "", re.sub(WRITTEN, "", text, flags=re.DOTALL))
     return " ".join(text.split())
+
+
+def test_the_verdicts_are_those_that_the_texts_describe():
+    said = {"scratch": "better better", "control": "better better", "weighted_ce_occlusion": "worse worse"}
+    for row, words in (said | {"ce_dice_occlusion": "not distinguishable better"}).items():
+        assert " ".join(ROWS[row][f"{score}_against_control"]["verdict"] for score in SCORES) == words
+    alone = [ROWS[row]["person_iou_against_control"]["difference"] for row in ("occlusion", "ce_dice")]
+    assert alone[0] < 0 < alone[1] and ROWS["occlusion"]["miou_against_control"]["difference"] < 0
 
 
 @pytest.mark.parametrize("name", TEXTS)
