@@ -23,7 +23,7 @@ if __name__ != "__mp_main__":  # worker processes import this file, too, and nee
 
     from unetseg.files import UserError
     from unetseg.processed import find_split, read_stats
-    from unetseg.settings import INHERITED, PRESETS
+    from unetseg.settings import INHERITED
     from unetseg.tools import doctor, kaggle, preprocess, scenes
     from unetseg.tools.layouts import find_data
 
@@ -60,8 +60,8 @@ def prepare(data: Path | None, home: Path, quick: bool) -> tuple[Path, int]:
 def notebook_settings(stage: str, home: Path, processed: Path, quick: bool) -> dict:
     """The settings that this job changes in a stage's notebook."""
     settings = {"data": str(processed), "out": str(home / stage)}
-    quick_epochs = kaggle.quick_epochs(stage, len(find_split(processed, "train").checked))
-    settings["epochs"] = quick_epochs if quick else PRESETS[stage]["epochs"]
+    epochs_for = kaggle.quick_epochs if quick else kaggle.full_epochs
+    settings["epochs"] = epochs_for(stage, len(find_split(processed, "train").checked))
     if stage == "scratch":
         return settings | {"channels": kaggle.QUICK_CHANNELS if quick else INHERITED["channels"]}
     return settings | {"init": str(home / "scratch")}

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from functools import partial
 
 import measure
 import pytest
@@ -17,12 +16,6 @@ from unetseg.files import read_json
 def test_a_comparison_is_the_other_ones_time_over_ours():
     row = measure.compare("a", "b", lambda: 1.0, lambda: 3.0, images=8)
     assert row.ratios == [3.0] * measure.ROUNDS and row.notes == {"images_per_second": 8.0}
-
-
-def test_contenders_work_and_end():
-    with measure.Contender(partial, sum, (1, 2)) as contender:
-        assert contender.run() >= 0
-    assert not contender.process.is_alive()
 
 
 def test_the_loops_of_training_run(processed, tmp_path, monkeypatch):

@@ -297,7 +297,8 @@ def test_what_is_none_suits_what_was_found(processed, tmp_path, capsys, monkeypa
     monkeypatch.setattr(place.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(place, "find_split", lambda data, name: SimpleNamespace(checked=["aachen_000000_000019"]))
     real = place.prepare(settings)
-    assert (real.epochs, real.channels, real.num_processes) == (None, None, 2)
+    assert (real.epochs, real.channels, real.num_processes) == (300, None, 2)
+    assert [place.full_epochs("scratch", number) for number in (367, 2975)] == [245, 100]
 
 
 def test_a_fine_tuning_without_its_first_run_says_so_before_any_work(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from ..processed import read_stats
 from ..settings import INHERITED, PRESETS, TITLES
 from ..train import forward
 from .judge import judge_ids
-from .kaggle import KAGGLE
+from .kaggle import KAGGLE, full_epochs
 from .layouts import choose_splits, find_data
 from .preprocess import check_ids, choose_classes, count_ids
 
@@ -30,7 +30,6 @@ GIB = 1 << 30
 CITYSCAPES = {"train": 2975, "val": 250}  # images
 SESSION = 12  # hours of a Kaggle session
 MOST_SECONDS = 8.0  # of measured training steps
-BUSY = 0.5  # processes that wait or work, per core, from which times are too long
 SAMPLES = 16  # label files read of each split of raw data
 LEAST_DISK = 2  # GiB for a run's weights, state, pictures and logs
 
@@ -54,7 +53,6 @@ def examine(data: Path | None) -> int:
     finding("disk", disk_space)
     found = finding("data", describe_data, data) or (7, (256, 256), CITYSCAPES)
     finding("W&B", describe_wandb)
-    finding("load", machine_load)
     if not problems:
         print("training     measuring a few steps ...", file=sys.stderr, flush=True)
         finding("training", forecast, *found)
@@ -72,12 +70,6 @@ def computing_device() -> tuple[str, None]:
     names = [f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / GIB:.0f} GiB: a kernel runs" for gpu in gpus]
     names = names or [f"{device.device_name(chosen)}, {os.cpu_count()} cores; no GPU"]
     return f"{'; '.join(names)}; precision {device.precision_rule(chosen)}", None
-
-
-def machine_load() -> tuple[str, None]:
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    busy = ": the machine is busy, so the times below are too long" * (load >= BUSY * cores)
-    return f"{load:.1f} processes for {cores} cores{busy}", None
 
 
 def disk_space() -> tuple[str, None]:
@@ -165,7 +157,7 @@ def forecast(num_classes: int, size: tuple[int, int], images: dict[str, int]) ->
     seconds, hours = seconds_per_image(num_classes, size), {}
     for name in TITLES:
         work = images["train"] * (1 - 0.75 * PRESETS[name]["half_size"]) + images["val"] / 3
-        hours[name] = PRESETS[name]["epochs"] * work * seconds / 3600
+        hours[name] = full_epochs(name, images["train"]) * work * seconds / 3600
     parts, total = ", ".join(f"{n} {duration(h)}" for n, h in hours.items()), duration(sum(hours.values()))
     network = f"channels {INHERITED['channels']}, depth {INHERITED['depth']}, {size[0]}x{size[1]}"
     if KAGGLE.is_dir():

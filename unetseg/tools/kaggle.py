@@ -11,7 +11,7 @@ import torch
 from .. import checkpoint
 from ..files import UserError
 from ..processed import find_split
-from ..settings import Settings
+from ..settings import PRESETS, Settings
 from . import preprocess
 from .layouts import ANY_PICTURE, Tree, describe, find_data_sets
 from .scenes import draw_dataset
@@ -19,6 +19,7 @@ from .scenes import draw_dataset
 KAGGLE = Path("/kaggle")
 DRAWN = {"train": 64, "val": 40}  # scenes
 QUICK_CHANNELS, QUICK_IMAGES = 16, {"scratch": 2000, "weighted_ce": 800, "ce_dice": 800}  # images that a stage sees
+LEAST_IMAGES, MOST_EPOCHS = {"scratch": 90_000}, 300  # that a stage sees of a small data set, in up to so many epochs
 SESSION_MINUTES, BEGUN = 690, time.monotonic()  # of the twelve hours that Kaggle gives; the import, as a session begins
 
 
@@ -44,16 +45,23 @@ def prepare(settings: Settings) -> Settings:
 
 
 def suggestions(settings: Settings) -> dict:
-    """Every GPU; on Kaggle what is left of a session; on drawn scenes a quick schedule and a small network."""
+    """Every GPU; on Kaggle what is left of a session; more epochs for a small data set; on drawn scenes a quick
+    schedule and a small network."""
     found: dict = {"num_processes": max(1, torch.cuda.device_count())}
     if KAGGLE.is_dir():
         found["max_minutes"] = max(1.0, SESSION_MINUTES - (time.monotonic() - BEGUN) / 60)
     stems = list(find_split(Path(settings.data), "train").checked)
+    found["epochs"] = full_epochs(settings.stage, len(stems))
     if all(stem.startswith("drawn_") for stem in stems):
         print("drawn scenes: the quick schedule, where epochs and channels are None")
         found["epochs"] = quick_epochs(settings.stage, len(stems))
         found |= {"channels": QUICK_CHANNELS} if settings.init is None else {}
     return found
+
+
+def full_epochs(stage: str, num_images: int) -> int:
+    """The preset's epochs or, where so few images make few steps, more of them."""
+    return max(PRESETS[stage]["epochs"], min(MOST_EPOCHS, LEAST_IMAGES.get(stage, 0) // num_images))
 
 
 def quick_epochs(stage: str, num_images: int) -> int:
