@@ -13,8 +13,8 @@ from unetseg.optimizers import OPTIMIZERS, Muon
 @pytest.fixture
 def network():
     torch.manual_seed(0)
-    layers = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 64, 3), nn.Conv2d(64, 8, 1), nn.BatchNorm2d(8)
-    return nn.Sequential(*layers)
+    layers = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 64, 3), nn.Conv2d(64, 64, 3, groups=16)
+    return nn.Sequential(*layers, nn.Conv2d(64, 8, 1), nn.BatchNorm2d(8))
 
 
 def with_gradients(network, seed=1):

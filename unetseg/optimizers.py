@@ -18,10 +18,10 @@ class Muon(torch.optim.AdamW):
     def step(self, closure=None) -> None:
         """One step for every parameter that has a gradient."""
         for group in self.param_groups:
-            filters: dict[int, list[Tensor]] = {}  # by rows: what has as many is computed together
+            filters: dict[int, list[Tensor]] = {}  # by the matrix's shorter side: equal ones are computed together
             for p in group["params"]:
                 if p.ndim == 4 and p.shape[-1] == 3 and p.grad is not None:
-                    filters.setdefault(len(p), []).append(p)
+                    filters.setdefault(min(len(p), p[0].numel()), []).append(p)
             for same in filters.values():
                 self._step_filters(same, group["lr"], group["weight_decay"])
         super().step(closure)
@@ -39,15 +39,14 @@ class Muon(torch.optim.AdamW):
         for p, matrix, factor in zip(filters, matrices, whitening(matrices), strict=True):
             size = finite * lr
             p.mul_(1 - size * weight_decay)
-            p.sub_((factor @ matrix).view(p.shape) * (size * 0.2 * max(matrix.shape) ** 0.5))
+            moved = factor @ matrix if len(factor) == len(matrix) else matrix @ factor
+            p.sub_(moved.view(p.shape) * (size * 0.2 * max(matrix.shape) ** 0.5))
 
 
 def whitening(matrices: list[Tensor]) -> Tensor:
-    """(K, R, R), by which K matrices (R, any) are multiplied to have singular values near 1.
-
-    Newton-Schulz iterations on the Gram matrices alone, which are small, and in fp32 on every device.
-    """
-    grams = torch.stack([matrix @ matrix.T for matrix in matrices])
+    """(K, S, S), by which K matrices with a shorter side S are multiplied on that side, to have singular values near 1:
+    Newton-Schulz iterations on the Gram matrices alone, which are small, and in fp32 on every device."""
+    grams = torch.stack([wide @ wide.T for wide in (min(matrix, matrix.T, key=len) for matrix in matrices)])
     squares = grams.diagonal(dim1=1, dim2=2).sum(dim=1).clamp(min=1e-14)[:, None, None]  # of the Frobenius norms
     identity = torch.eye(grams.shape[1], device=grams.device)
     grams, product = grams / squares, identity / squares.sqrt()
