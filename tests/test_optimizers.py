@@ -36,8 +36,7 @@ def test_filters_move_as_under_timms_muon(network):
     theirs = Reference([w for w in other.parameters() if is_filter(w)], ns_coefficients="original", **chosen)
     before = [weight.clone() for weight in network.parameters()]
     for seed in range(3):
-        with_gradients(network, seed), with_gradients(other, seed)
-        ours.step(), theirs.step()
+        with_gradients(network, seed), with_gradients(other, seed), ours.step(), theirs.step()
     for weight, reference, start in zip(network.parameters(), other.parameters(), before):
         if is_filter(weight):
             moved, expected = weight - start, reference - start
@@ -49,8 +48,7 @@ def test_all_else_moves_as_under_adamw(network):
     ours = Muon(network.parameters(), lr=0.01, weight_decay=0.1, fused=True)
     theirs = OPTIMIZERS["adamw"](other.parameters(), lr=0.01, weight_decay=0.1, fused=True)
     for seed in range(3):
-        with_gradients(network, seed), with_gradients(other, seed)
-        ours.step(), theirs.step()
+        with_gradients(network, seed), with_gradients(other, seed), ours.step(), theirs.step()
     for weight, reference in zip(network.parameters(), other.parameters()):
         assert torch.equal(weight, reference) != is_filter(weight)
 

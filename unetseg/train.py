@@ -1,8 +1,7 @@
 """The training loop, read from top to bottom: `fit` alternates `train_one_epoch` and `evaluate`.
 
-No epoch is chosen: a run's weights are the moving average of the trained ones, as it stands at the end. Everything that
-changes while training lies in one `State`, saved as one file after every epoch and every few minutes: a run that was
-stopped or killed resumes from it bit for bit.
+No epoch is chosen: a run's weights are the moving average at the end. What changes while training lies in one `State`,
+saved as one file every few minutes and after each epoch that is not very short; from it a run resumes bit for bit.
 """
 
 import contextlib
@@ -32,6 +31,7 @@ from .metrics import METRICS, confusion_matrices, scores
 from .optimizers import OPTIMIZERS
 
 SAVE_SECONDS = 180.0  # of training that a kill may lose
+SAVE_SHARE = 20  # an epoch that took so many times as long as saving is saved at its end
 MAX_SKIPPED = 10  # steps in a row without a finite loss and gradient; fp16 needs some to find its loss scale
 LOOK_STEPS = 10  # between two looks at the loss on a GPU, which has to wait for them
 COLLAPSED = 0.99  # share of all predictions that one class may have
@@ -216,7 +216,8 @@ def fit(
                 row = history_row(state, result)
                 state.end_epoch(row, result.confusion)
                 log(row)
-                state.save()
+                if state.epoch > num_epochs or time.monotonic() - state.saved > SAVE_SHARE * state.cost:
+                    state.save()
                 if show:
                     show(state.history)
         except Pause as pause:
