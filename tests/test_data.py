@@ -123,9 +123,7 @@ def test_background_rule_turns_void_into_class_0(processed):
 
 
 @pytest.mark.parametrize("weighting, by_hand", [
-    ("none", [1, 1, 1]),
-    ("sqrt", [2**0.5, 2, 2]),
-    ("inverse", [2, 4, 4]),
+    ("none", [1, 1, 1]), ("sqrt", [2**0.5, 2, 2]), ("inverse", [2, 4, 4]),
     ("median", [0.5, 1, 1]),  # f = 1/2, 1/4, 1/4 where every image shows every class
     ("enet", [1 / math.log(1.52), 1 / math.log(1.27), 1 / math.log(1.27)]),
 ])  # fmt: skip

@@ -170,10 +170,8 @@ DRAWN = str(ROOT / "weights" / "unet-drawn.safetensors")
 
 
 @pytest.mark.parametrize("row, change, other", [
-    ("control", {}, ""),
-    ("control", {"occlusion": 0.5}, "occlusion"),
-    ("control", {"init": DRAWN}, "init"),
-    ("scratch", {"epochs": 100}, "init"),
+    ("control", {}, ""), ("control", {"occlusion": 0.5}, "occlusion"),
+    ("control", {"init": DRAWN}, "init"), ("scratch", {"epochs": 100}, "init"),
 ])  # fmt: skip
 def test_results_of_other_recipes_or_data_are_refused(row, change, other, tmp_path):
     found = plan.read_plan(ROOT / "report" / "plans" / "camvid7.toml")
