@@ -31,7 +31,7 @@ from .metrics import METRICS, confusion_matrices, scores
 from .optimizers import OPTIMIZERS
 
 SAVE_SECONDS = 180.0  # of training that a kill may lose
-SAVE_SHARE = 20  # an epoch that took so many times as long as saving is saved at its end
+SAVE_SHARE = 20  # times as long as a save takes: what may pass before an epoch is saved at its end
 MAX_SKIPPED = 10  # steps in a row without a finite loss and gradient; fp16 needs some to find its loss scale
 LOOK_STEPS = 10  # between two looks at the loss on a GPU, which has to wait for them
 COLLAPSED = 0.99  # share of all predictions that one class may have
