@@ -34,8 +34,7 @@ def test_cityscapes7_groups_every_id_once():
 
 
 @pytest.mark.parametrize("name, lookup", [
-    ("camvid11", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 255]),
-    ("camvid7", [6, 2, 0, 1, 0, 5, 0, 0, 3, 4, 4, 255]),
+    ("camvid11", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 255]), ("camvid7", [6, 2, 0, 1, 0, 5, 0, 0, 3, 4, 4, 255]),
 ])  # fmt: skip
 def test_camvid_tables(name, lookup):
     class_set = CLASS_SETS[name]

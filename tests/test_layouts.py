@@ -287,8 +287,7 @@ TWO = "[classes]\na = { colour = [1, 2, 3]%s }\nb = { colour = [1, 2, 9]%s }"
     (TWO.replace(", 9", "") % ("", ""), "three whole numbers"),
     (TWO.replace("colour = [1, 2, 9]", "") % ("", ""), "a colour for each class"),
     ("people = ['c']\n" + TWO % ("", ""), "people as a list of names"),
-    ("people = 'ab'\n" + TWO % ("", ""), "people as a list of names"),
-    ("[classes", "Expected"),
+    ("people = 'ab'\n" + TWO % ("", ""), "people as a list of names"), ("[classes", "Expected"),
 ])  # fmt: skip
 def test_a_class_file_that_cannot_be_meant_says_why(text, said, tmp_path):
     (tmp_path / "classes.toml").write_text(text)
@@ -298,8 +297,7 @@ def test_a_class_file_that_cannot_be_meant_says_why(text, said, tmp_path):
 
 @pytest.mark.parametrize("images, labels", [
     ("images/{split}/{split}{n}.png", "masks/{split}{n}.png"),
-    ("{split}/images/{n}.png", "{split}/masks/{n}.png"),
-    ("{split}/{n}.jpg", "{split}/{n}_mask.png"),
+    ("{split}/images/{n}.png", "{split}/masks/{n}.png"), ("{split}/{n}.jpg", "{split}/{n}_mask.png"),
 ])  # fmt: skip
 def test_ones_own_images_may_lie_otherwise_and_be_grey(images, labels, scenes, tmp_path):
     write(scenes, at(tmp_path, images), at(tmp_path, labels), image=lambda picture: picture[..., 0])
@@ -348,8 +346,7 @@ def carla(ids):
 
 @pytest.mark.parametrize("labels, said", [
     (lambda ids: np.where(TO_TRAIN_ID[ids] == 255, 0, TO_TRAIN_ID[ids]).astype(np.uint8), "looks like trainIds"),
-    (shifted, "looks like label ids plus one"),
-    (carla, "looks like CARLA's ids"),
+    (shifted, "looks like label ids plus one"), (carla, "looks like CARLA's ids"),
 ])  # fmt: skip
 def test_ids_of_another_table_are_an_error_that_names_it(labels, said, scenes, tmp_path, capsys):
     official(tmp_path / "raw", scenes, labels=labels)

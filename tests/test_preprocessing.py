@@ -140,8 +140,7 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--data_dir", "nowhere"], "found nothing"),
-    (["--data_dir", "empty"], "expected leftImg8bit/ and gtFine/"),
+    (["--data_dir", "nowhere"], "found nothing"), (["--data_dir", "empty"], "expected leftImg8bit/ and gtFine/"),
     (["--splits", "train", "nosuch"], "expected the splits .*nosuch"),
     (["--classes", "camvid11"], "--classes: expected cityscapes7 or cityscapes19"),
 ])  # fmt: skip

@@ -12,7 +12,7 @@ from unetseg.settings import INHERITED, KNOBS, PRESETS, Settings, SettingsError,
 @pytest.mark.parametrize("setting, expected", [
     ({"epochs": 2.5}, "epochs: expected a whole number from 1 to 100000; found 2.5"),
     ({"epochs": "10"}, "epochs: expected a whole number from 1 to 100000; found '10'"),
-    ({"seed": True}, "seed: expected a whole number"),
+    ({"seed": True}, "seed: expected a whole number"), ({"batch_size": None}, "batch_size: expected a whole number"),
     ({"lr": float("nan")}, "lr: expected a number from 1e-12 to 100; found nan"),
     ({"occlusion": 1.5}, "occlusion: expected a number from 0 to 1; found 1.5"),
     ({"num_processes": 10**6}, "num_processes: expected a whole number from 1 to 64"),
@@ -21,7 +21,6 @@ from unetseg.settings import INHERITED, KNOBS, PRESETS, Settings, SettingsError,
     ({"augment": ("rain",)}, "augment: expected a list of names, such as ['basic', 'occlude']"),
     ({"loss": "focal"}, "loss: expected one of ce, ce_dice, dice; found 'focal'"),
     ({"stage": "tuning"}, "stage: expected one of scratch, weighted_ce, ce_dice, published; found 'tuning'"),
-    ({"batch_size": None}, "batch_size: expected a whole number"),
     ({"data": 3}, "data: expected a text; found 3"),
 ])  # fmt: skip
 def test_an_invalid_setting_says_what_to_write(setting, expected):

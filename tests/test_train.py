@@ -220,6 +220,14 @@ def test_too_many_skipped_steps_in_a_row_stop_with_what_was_saved(sets, tmp_path
     assert all(value.isfinite().all() for value in checkpoint.load_model(tmp_path)[0].state_dict().values())
 
 
+def test_short_epochs_are_not_saved_one_by_one(sets, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr("unetseg.train.SAVE_SHARE", 1e9)
+    monkeypatch.setattr(State, "write_results", lambda state: saved.append(len(state.history)))
+    learn(sets, tmp_path)
+    assert saved == [1, 4]  # the first, when nobody knows yet what a save takes, and the last
+
+
 def test_diverged_training_has_no_best_weights_and_says_so(sets, tmp_path):
     def loss_fn(logits, mask):
         return cross_entropy(logits, mask) if torch.is_grad_enabled() else logits.sum() * math.nan
