@@ -11,6 +11,7 @@ from execute import NOTEBOOKS
 from unetseg.evaluation import verdicts
 from unetseg.evaluation.robustness import UNSEEN
 from unetseg.files import read_json
+from unetseg.tools.plan import statistics
 
 RESULTS, SCORES = ROOT / "report" / "results", ("miou", "person_iou")
 CLAIM = r"(?<![\w.])(?:0?\.\d{3}|\.\d\d)\b|\d[\d.]* (?:points|images/s|minutes|times as)"  # .71, 2.7 points
@@ -31,17 +32,20 @@ def points(row, score="miou", rows=ROWS):
 
 
 def weighted(row, key, side="mean"):
-    return f"{WEIGHTING[row][side][key]:.2f}".lstrip("0")
+    return shown(WEIGHTING[row][side][key], digits=2)
 
 
 def lost(row, side="mean", kinds=UNSEEN):
-    values = [ROWS[row][side][f"lost_under_occluders {kind}"] for kind in kinds]
-    return f"{np.mean(values):.3f}".lstrip("0")
+    return shown(np.mean([ROWS[row][side][f"lost_under_occluders {kind}"] for kind in kinds]))
 
 
 def shares(row):
     sides = [[ROWS[row][side][f"lost_under_occluders {kind}"] for kind in UNSEEN] for side in ("mean", "control_mean")]
     return [f"{100 * ours / theirs:.0f} %" for ours, theirs in zip(*sides)]
+
+
+def pair(mean, joint=" and person "):
+    return shown(mean["scores mIoU"], mean["scores person"]).replace(" | ", joint)
 
 
 def signed(value, digits=1):
@@ -62,37 +66,37 @@ ELEVEN, SEVEN, DRAWN = map(facts, ("camvid11/scratch-seed0", "weights/camvid7-se
 SIZES = [f"{facts(f'camvid7/{row}-seed1-fold0')['parameters'] / 1e6:.1f}" for row in ("scratch", "published")]
 STAGES = "weighted_ce_occlusion", "ce_dice_occlusion"
 SECOND, THIRD = ([points(row, "person_iou"), lost(row), lost(row, "control_mean")] for row in STAGES)
-DROPS = "{} of the control's drop under stripes, {} under discs, {} under pasted"
-UNDER = [DROPS.format(*shares(row)) for row in STAGES]
+UNDER = ["{} of the control's drop under stripes, {} under discs, {} under pasted".format(*shares(s)) for s in STAGES]
 BOTH = {(row, s): found for row in ROWS for s in SCORES if "p" in (found := ROWS[row].get(f"{s}_against_control", {}))}
 P = [f"{found[STAGES[1], 'person_iou']['p_holm']:.2f}".lstrip("0") for found in (BOTH, verdicts(BOTH))]
-LONG = {row: [facts(f"camvid7/{row}-seed1-fold{fold}") for fold in (0, 2)] for row in ("control", *[*ROWS][-3:])}
-SMALL = [f"screening/{row}-seed0-fold" for row in ("short", "long", "long_control", "long_ce_dice_occlusion")]
-LONG |= {run: [facts(f"{run}{fold}") for fold in (0, 2)] for run in SMALL}
-PAIRS = {row: [np.mean([run["scores"][key] for run in LONG[row]]) for key in ("mIoU", "person")] for row in LONG}
-PAIRS = {row: shown(*pair).replace(" | ", " and person ") for row, pair in PAIRS.items()}
-LESS = {row: shown(np.mean([[*run["lost_under_occluders"].values()] for run in LONG[row]])) for row in LONG}
-LONG_ON_VAL = shown(np.mean([run["val"]["mIoU"] for run in LONG["long"]]))
+SMALL = [f"screening/{row}-seed0" for row in ("short", "long", "long_control", "long_ce_dice_occlusion")]
+LONG = {row: f"camvid7/{row}-seed1" for row in ("control", *[*ROWS][-3:])} | {name: name for name in SMALL}
+LONG = {row: statistics({0: [(facts(f"{name}-fold{n}"), None) for n in (0, 2)]})["mean"] for row, name in LONG.items()}
+PAIRS = {row: pair(mean) for row, mean in LONG.items()}
+LESS = {row: shown(mean["lost under occluders"]) for row, mean in LONG.items()}
 LONGER = f"mIoU {PAIRS['long']} after 240 epochs with CE + Dice (control: {PAIRS['control']};"
-PLAIN = " against ".join(lost(STAGES[1], side, UNSEEN[1:]) for side in ("mean", "control_mean"))
+CALIBRATED = [shown(ROWS[row]["mean"]["calibration_error"]) for row in (STAGES[1], "control")]
 ALONE = f"{lost('occlusion')} (control: {lost('occlusion', 'control_mean')})"
 OPTIMISM = [ROWS[row]["mean"]["val mIoU"] - ROWS[row]["mean"]["scores mIoU"] for row in ("scratch", "control", *STAGES)]
 OPTIMISM = f"{100 * min(OPTIMISM):.0f} to {100 * max(OPTIMISM):.0f} points"
 MINUTES = f"{ELEVEN['train_seconds'] / 60:.1f} minutes on an H200"
 FIRST = ["one", "two", "three", "four", "five"][round(read_json(RESULTS / "first-run.json")["seconds"] / 60) - 1]
 CLAIMS = {
-    "README.md": [f"The first line takes {FIRST} minutes on two cores", f"people better (p {P[0]})", UNDER[1], LONGER],
+    "README.md": [f"The first line takes {FIRST} minutes on two", f"better (p {P[0]}; {P[1]} if", UNDER[1], LONGER],
     "docs/results.md": [
         f"lifts mIoU by {points('scratch')} over the published one with a network of {' instead of '.join(SIZES)} M",
         people_over_predicted("recall rises from {} to {}, precision falls from {} to {}, and IoU falls by {}."),
         f"recall {weighted('inverse', 'recall person')}, precision {weighted('inverse', 'precision person')}",
         f"raises the IoU of people by {THIRD[0]} over the control (p {P[0]}; {P[1]} if both scores",
         f"drops by {THIRD[1]} (control: {THIRD[2]}): {UNDER[1]}",
-        f"the drop is {PLAIN}",
+        "the drop is {} against {}".format(*(lost(STAGES[1], side, UNSEEN[1:]) for side in ("mean", "control_mean"))),
         f"drops by {SECOND[1]}; control: {SECOND[2]})",
         f"IoU of people falls by {SECOND[0]}, mIoU by {points(STAGES[0])}.",
         f"IoU of people rises by {points('ce_dice', 'person_iou')}",
         f"falls by {points('occlusion', 'person_iou')}, and mIoU on visible pixels drops by {ALONE}",
+        f"cost people {points('occlusion', 'person_iou')} and {points('weighted_ce', 'person_iou', WEIGHTING)}",
+        f"the control has mIoU {pair(ROWS['ce_dice']['control_mean'])};",
+        "calibration error is {} after CE + Dice + occlusion, and {} after".format(*CALIBRATED),
         f"raises the IoU of people by {points('weighted_ce_dice_random', 'person_iou', WEIGHTING)}.",
         f"score {OPTIMISM} more",
         f"mIoU {PAIRS['ce_dice_random']} from random weights after 96 epochs, {PAIRS['ce_dice_drawn']} from",
@@ -101,8 +105,8 @@ CLAIMS = {
         "mIoU {} after 80 epochs, {} after 200, {} after 16 more of CE".format(*map(PAIRS.get, SMALL)),
         f"{PAIRS[SMALL[3]]} after 16 of CE + Dice + occlusion",
         "{} after 80, {} after 200, {} after 16 more of CE, {} after the third stage".format(*map(LESS.get, SMALL)),
-        f"({points('weighted_ce', rows=DRAWN_ROWS)} and {points('ce_dice', rows=DRAWN_ROWS)}), and the third stage a "
-        f"little of people ({points('ce_dice', 'person_iou', DRAWN_ROWS)})",
+        f"({points('weighted_ce', rows=DRAWN_ROWS)} and {points('ce_dice', rows=DRAWN_ROWS)}), and the third stage "
+        f"also {points('ce_dice', 'person_iou', DRAWN_ROWS)} of",
         f"adds {100 * (ROWS['control']['mean']['flipped mIoU'] - ROWS['control']['mean']['scores mIoU']):.1f} points",
         f"({signed(SCREEN['average_against_last'], 2)} points), and over six",
         f"({signed(SCREEN['long_average_against_last'], 2)})",
@@ -110,7 +114,7 @@ CLAIMS = {
     ],
     "weights/README.md": [
         MINUTES,
-        f"mIoU {PAIRS['long']}; the same runs have mIoU {LONG_ON_VAL} on",
+        f"mIoU {PAIRS['long']}; the same runs have mIoU {shown(LONG['long']['val mIoU'])} on",
         f"mIoU {shown(ELEVEN['scores']['mIoU'])}, {shown(ELEVEN['flipped']['mIoU'])} as",
         f"{SEVEN['train_seconds'] / 60:.0f} minutes on two cores",
         f"mIoU {shown(SEVEN['scores']['mIoU'])}, {shown(SEVEN['flipped']['mIoU'])} as",
@@ -129,10 +133,9 @@ CLAIMS = {
     ],
 }
 for row in OCCLUDERS.values():
-    cells = [row["mean"][key] for key in ("scores mIoU", "scores person")]
     gained = " | ".join(signed(100 * row[f"{score}_against_control"]["difference"]) for score in ("miou", "person_iou"))
     lost_by_kind = shown(*(row["mean"][f"lost_under_occluders {kind}"] for kind in UNSEEN))
-    CLAIMS["docs/results.md"].append(f"| {row['title']} | {shown(*cells)} | {gained} | {lost_by_kind} |")
+    CLAIMS["docs/results.md"].append(f"| {row['title']} | {pair(row['mean'], ' | ')} | {gained} | {lost_by_kind} |")
 for stage, name in NOTEBOOKS.items():
     run = read_json(RESULTS / "drawn-quick.json")["runs"][stage]
     answer = f"mIoU **{run['scores']['mIoU']:.3f}**, person IoU **{run['scores']['person']:.3f}**"
@@ -141,10 +144,9 @@ for effect in SCREEN["effects"].values():
     cells = (f"{signed(effect[score])} ± {effect[score + '_error']}" for score in ("miou", "person"))
     CLAIMS["docs/results.md"].append(f"| {effect['what']} | {' | '.join(cells)} |")
 CLAIMS["docs/results.md"] += [f"| {shown(*(s[k] for k in ('fp32', 'fp16', 'bf16')), digits=0)} |" for s in SPEEDS]
-for card in (ELEVEN, SEVEN):
-    for name in card["classes"]:
-        row = shown(*(card[score][name] for score in ("scores", "precision", "recall")))
-        CLAIMS["weights/README.md"].append(f"| {name} | {row} |")
+for card, name in [(c, n) for c in (ELEVEN, SEVEN) for n in c["classes"]]:
+    row = shown(*(card[score][name] for score in ("scores", "precision", "recall")))
+    CLAIMS["weights/README.md"].append(f"| {name} | {row} |")
 TEXTS = ["README.md", "kaggle/README.md", "report/report.typ", "weights/README.md"]
 TEXTS += [str(path.relative_to(ROOT)) for folder in ("docs/*.md", "notebooks/*.ipynb") for path in ROOT.glob(folder)]
 

@@ -76,8 +76,8 @@ def test_the_committed_report_says_what_the_verdicts_say():
     places = [text.index(heading) for heading in headings]
     assert places == sorted(places)
     for plan in committed_plans().values():
-        for row in (row for row in plan["rows"].values() if row["title"] in TITLES.values() and "mean" in row):
-            if row["control"]:
+        for row in (row for row in plan["rows"].values() if "mean" in row and row["control"]):
+            if row["title"].startswith((*TITLES.values(),)):
                 assert build.sentence(row, plan["rows"]) in text
 
 
