@@ -207,7 +207,7 @@ PLAN_COLUMNS = ["mIoU", "person", "lost under occluders", "points of mIoU", "of 
 
 def plan_note(summary: dict) -> str:
     """What the numbers of a plan are."""
-    context, rows = summary["context"], summary["rows"]
+    context, rows = summary["context"], {name: row for name, row in summary["rows"].items() if "mean" in row}
     against = {f"“{row['title']}”": row["control"] for row in rows.values() if row["control"] in rows}
     against = {title: f"“{rows[control]['title']}”" for title, control in against.items()}
     usual = max(against.values(), key=[*against.values()].count, default="")
