@@ -89,7 +89,7 @@ def test_out_of_time_ends_with_status_0_in_time(train, tmp_path):
     process = start("-m", "unetseg", *train("run"), "--epochs", 100_000, "--max-minutes", 0.1)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "time limit reached, stopped in epoch" in err, out
-    assert time.monotonic() - began < 6 + 30  # 30 seconds for Python itself to start and end on a busy machine
+    assert time.monotonic() - began < 6 + 9  # 9 seconds for Python itself to start and end
 
 
 def test_two_trainings_do_not_share_a_folder(train, tmp_path):
