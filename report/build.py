@@ -79,11 +79,10 @@ def draw_charts(results: dict, folder: Path, number: int) -> None:
     class_set, runs = stored(results["context"]), results["runs"].values()
     totals = {split: [*data["pixels"]["full_resolution"].values()] for split, data in results["data"].items()}
     shares = {split: np.array(pixels) / sum(pixels) for split, pixels in totals.items()}
-    last = np.array(results["runs"]["ce_dice"]["results"]["confusion"])[:-1]
     charts = {"classes": plots.class_distribution(class_set, shares)}
     charts["curves"] = plots.training_curves({run["title"]: run["history"] for run in runs})
     charts["stages"] = plots.iou_by_stage({run["title"]: run["scores"] for run in runs})
-    charts["confusion"] = plots.confusion_matrix(last, class_set.names)
+    charts["confusion"] = plots.confusion_matrix(results["runs"]["ce_dice"]["results"])
     for chart, figure in charts.items():
         plots.save(figure, folder / f"{number}_{chart}.svg")
 

@@ -92,6 +92,11 @@ def test_void_is_in_no_boundary_and_no_object():
     assert scores["boundary_iou_1px"]["classes"]["person"] == scores["iou_by_size"]["person"]["large"] == 1
 
 
+def test_a_class_without_truth_has_no_boundary_score():
+    scores = looked_at(square(2, 2, 5) * np.uint8(4), np.zeros_like(square(2, 2, 5), np.uint8))
+    assert scores["boundary_iou_1px"]["classes"]["person"] is None is scores["boundary_f_1px"]["classes"]["person"]
+
+
 def test_images_are_spread_ordered_and_pooled_by_place():
     good, bad = np.array([[4, 0], [0, 4], [0, 0]]), np.array([[1, 3], [3, 1], [0, 0]])
     stems = ["ulm_000001_000019", "ulm_000002_000019", "bonn_000001_000019"]
@@ -116,17 +121,19 @@ def test_blocks_cover_ten_seconds():
     assert not compare.time_blocks(["a", "b"])[1] and len(set(compare.time_blocks(["a", "b"])[0])) == 2
 
 
-@pytest.mark.parametrize("seeds, spread, paired", [(1, 0.0, False), (3, 0.02, False), (3, 0.02, True)])
+@pytest.mark.parametrize(
+    "seeds, spread, paired", [((1, 1), 0.0, False), ((1, 3), 0.02, False), ((3, 3), 0.02, False), ((3, 3), 0.02, True)]
+)
 def test_no_difference_is_claimed_more_than_once_in_twenty(seeds, spread, paired, monkeypatch):
     monkeypatch.setattr(compare, "DRAWS", 300)
     rng, claims, number = np.random.default_rng(5), 0, 200
     for _ in range(number):
         state = rng.bit_generator.state["state"]["state"] % 2**32
         pair = []
-        for _ in range(2):
+        for number_of_seeds in seeds:
             shared = np.random.default_rng(state)  # the same images, so the same difficulty
             hard = shared.normal(0, 0.08, 12)
-            pair.append(with_difficulty(rng, hard, seeds, spread))
+            pair.append(with_difficulty(rng, hard, number_of_seeds, spread))
         found = compare.verdicts({"x": compare.difference(*pair, np.repeat(np.arange(12), 4), paired=paired)})["x"]
         claims += found["verdict"] != "not distinguishable"
         rng.random()
@@ -173,6 +180,11 @@ def test_the_interval_of_pairs_is_that_of_their_differences():
     assert compare.difference(a, b, np.arange(12), score=score)["interval"][0] < -40
     rare = compare.difference(a, b, np.arange(12), score=lambda counts, void: np.full(counts.shape[:-2], np.nan))
     assert "interval" not in rare and rare["reason"] == "a class is missing from many blocks"
+    counts = np.zeros((2, 4, 3), int)
+    counts[:, 0, 0] = 5
+    assert compare.pooled_miou(counts, "ignore").tolist() == [1, 1]
+    counts[0, 1, 0] = 5  # the second draw lacks this class
+    assert compare.pooled_miou(counts, "ignore")[0] == 0.25 and np.isnan(compare.pooled_miou(counts, "ignore")[1])
 
 
 def test_holm_multiplies_the_smallest_p_by_all():

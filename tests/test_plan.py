@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from conftest import ROOT, command
 
 from unetseg.data import Batches, load_split
+from unetseg.evaluation import read_results
 from unetseg.evaluation.compare import pooled_miou
 from unetseg.files import UserError, exclusive, read_json
 from unetseg.processed import find_split, hold_out, moment
@@ -78,6 +80,8 @@ def test_a_run_with_a_fold_is_scored_on_it(processed, tmp_path):
     assert command("evaluate", tmp_path / "run", "--data", processed, "--split", "train") == 0
     said = read_json(tmp_path / "run" / "results_train.json")["remarks"]
     assert said == [short, "4 of these images were in the run's train split: they are not unseen"]
+    assert command("evaluate", tmp_path / "run", "--data", processed, "--split", "fold0") == 0
+    assert read_results(tmp_path / "run")["split"] == "fold2"
 
 
 def test_half_size_is_the_mean_of_four_pixels_and_the_class_under_the_centre(processed):
@@ -156,6 +160,14 @@ def test_a_plan_with_a_mistake_is_refused_in_one_line(a_plan, change, said):
     with pytest.raises(UserError) as error:
         plan.read_plan(a_plan)
     assert said in str(error.value) and "\n" not in str(error.value) and str(a_plan) in str(error.value)
+
+
+def test_rows_of_two_void_rules_are_refused(a_plan, monkeypatch):
+    about = plan.checkpoint.read_about(Path(DRAWN)) | {"void": "background"}
+    monkeypatch.setattr(plan.checkpoint, "read_about", lambda path: about)
+    a_plan.write_text(PLAN + f'[rows.drawn]\ninit = "{DRAWN}"\n')
+    with pytest.raises(UserError, match="rows that start from weights of two void rules"):
+        plan.read_plan(a_plan)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "report" / "plans").glob("*.toml")), ids=lambda path: path.stem)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from .classes import IGNORE_INDEX, PEOPLE, ClassSet
 from .files import atomic_open, make_folder
+from .metrics import under_rule
 
 STAGE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # Okabe & Ito's colour-blind-safe palette
 WIDTH, SCREEN = 8.5, 92  # inches: a notebook's column; pixels per inch there
@@ -144,12 +145,12 @@ def lost_under_occluders(rows: Iterable[dict]) -> Figure:
     return _clean(figure)
 
 
-def confusion_matrix(confusion: np.ndarray, names: tuple[str, ...], focus: tuple[str, ...] = PEOPLE) -> Figure:
-    """Shares of each true class (row) by predicted class (column); rows and columns of the focus are framed.
-
-    confusion  (C, C) pixel counts, truth x prediction
-    """
-    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+def confusion_matrix(results: dict) -> Figure:
+    """Shares of each true class (row) by predicted class (column), from what `evaluate_run` returns, under the void
+    rule that the run was trained under; rows and columns of people are framed."""
+    void = results["trained_void"]
+    names, counts = [*results["rules"][void]["classes"]], under_rule(np.array(results["confusion"]), void)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     size = max(4.6, 0.5 * len(names) + 1.4)
     figure = Figure(figsize=(size + 1.2, size), layout="constrained")
     ax = figure.subplots()
@@ -157,7 +158,7 @@ def confusion_matrix(confusion: np.ndarray, names: tuple[str, ...], focus: tuple
     for row, col in np.ndindex(shares.shape):
         colour = "white" if shares[row, col] < 0.6 else "black"
         ax.text(col, row, f"{100 * shares[row, col]:.0f}", ha="center", va="center", color=colour, fontsize=8)
-    for place in [names.index(name) for name in focus if name in names]:
+    for place in [names.index(name) for name in PEOPLE if name in names]:
         frame = {"fill": False, "edgecolor": "#D55E00", "linewidth": 2}
         ax.add_patch(Rectangle((-0.5, place - 0.5), len(names), 1, **frame))
         ax.add_patch(Rectangle((place - 0.5, -0.5), 1, len(names), **frame))

@@ -96,8 +96,8 @@ def open_run(settings: Settings, sets: Sets | None = None) -> dict:
     splits = [s.split for s in sets] if sets else [find_split(data, name) for name in training_splits(settings.fold)]
     splits = dict(zip(("train", "val"), splits))
     stats, other = (read_stats(data, split.folder) for split in splits.values())
-    if (stats["class_set"], stats["size"]) != (other["class_set"], other["size"]):
-        raise UserError(f"{data}: train and val have different class sets or sizes; preprocess both again, alike")
+    if any(stats.get(key) != other.get(key) for key in ("class_set", "sources", "size")):
+        raise UserError(f"{data}: train and val have different class sets, ids or sizes; preprocess both again, alike")
     facts = stored(stats).facts() | dict(zip(("width", "height"), stats["size"]))
     facts["init_sha256"] = checkpoint.weights_sha256(Path(init)) if init else None
     facts["data"] = {n: {"sha256": s.sha256, "note": s.note, "images": s.images} for n, s in splits.items()}

@@ -35,8 +35,10 @@ def time_blocks(stems: list[str]) -> tuple[np.ndarray, bool]:
 
 
 def pooled_miou(confusions: np.ndarray, void: str) -> np.ndarray:
-    """(..., C + 1, C) counts -> mIoU (...) over the classes present in the truth."""
-    return np.nanmean(iou(under_rule(confusions, void)), axis=-1)
+    """(..., C + 1, C) counts -> mIoU (...) over the classes that any of them has in the truth; NaN for counts that lack
+    one of these, as a draw of few blocks may."""
+    found = iou(under_rule(confusions, void))
+    return found[..., ~np.isnan(found).all(axis=tuple(range(found.ndim - 1)))].mean(axis=-1)
 
 
 def difference(
@@ -47,9 +49,10 @@ def difference(
     a, b    (S, N, C + 1, C) counts: seeds x images; the same N images, as many seeds as there are
     blocks  (N,) the block of each image, which is drawn as a whole
     paired  whether seed k of `b` belongs to seed k of `a`, as where both started from the same weights
-    A paired bootstrap draws blocks of images; the variance between seeds is added to its own. Both are corrected for
-    the few that were drawn from, and the interval is Student's with Welch and Satterthwaite's degrees of freedom,
-    because the percentiles of a few blocks are too narrow. After Efron & Tibshirani, 1993.
+    A paired bootstrap draws blocks of images; the variance between seeds is added to its own (a single seed is taken to
+    vary as those of the other group). Both are corrected for the few that were drawn from, and the interval is
+    Student's with Welch and Satterthwaite's degrees of freedom, because the percentiles of a few blocks are too narrow.
+    After Efron & Tibshirani, 1993.
     """
     rng, names = np.random.default_rng(0), np.unique(blocks)
     number = len(names)
@@ -62,16 +65,15 @@ def difference(
     drawn = [[score(np.einsum("db,bij->dij", draws, run), void) for run in group] for group in per_block]
     parts = [(np.var(np.mean(drawn[1], 0) - np.mean(drawn[0], 0), ddof=1) * number / (number - 1), number - 1)]
     spreads = [scores[1] - scores[0]] if paired else scores
-    parts += [(np.var(group, ddof=1) / len(group), len(group) - 1) for group in spreads if len(group) > 1]
+    known = [group for group in spreads if len(group) > 1]
+    shares = [1 / len(a) + 1 / len(b)] if len(known) < len(spreads) else [1 / len(group) for group in known]
+    parts += [(np.var(group, ddof=1) * share, len(group) - 1) for group, share in zip(known, shares)]
     variance = sum(part for part, _ in parts)
     if not np.isfinite(variance):
         return found | {"reason": "a class is missing from many blocks"}
     freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts) if variance else number - 1
-    half = float(stats.t.ppf(1 - LEVEL / 2, freedom) * np.sqrt(variance))
-    p = float(
-        2 * stats.t.sf(abs(found["difference"]) / variance**0.5, freedom) if variance else not found["difference"]
-    )
-    return found | {"interval": [found["difference"] - half, found["difference"] + half], "p": p}
+    t = stats.t(freedom, found["difference"], max(variance, 1e-30) ** 0.5)
+    return found | {"interval": [float(end) for end in t.interval(1 - LEVEL)], "p": float(2 * min(t.cdf(0), t.sf(0)))}
 
 
 def verdicts(found: dict[str, dict]) -> dict[str, dict]:
@@ -122,7 +124,7 @@ def verdict_line(name: str, found: dict) -> str:
     if "interval" not in found:
         return f"{line}; no interval and no verdict: {found['reason']}"
     low, high = (100 * end for end in found["interval"])
-    seeds = "" if min(found["seeds"]) > 1 else "; one seed each: what another seed would change is not in it"
+    seeds = "" if max(found["seeds"]) > 1 else "; one seed each: what another seed would change is not in it"
     what = f"{found['blocks']} blocks of {SECONDS} s" if found["names_tell_time"] else f"{found['blocks']} images"
     verdict = f"{found['verdict']} (p {found['p_holm']:.3f})" if "verdict" in found else "no verdict"
     return f"{line}, 95 % interval {low:+.2f} to {high:+.2f} ({what}{seeds}): {verdict}"

@@ -61,7 +61,7 @@ class Details:
 
     def summary(self) -> dict:
         """Boundary IoU and F, IoU by size, calibration error, all in [0, 1]; None where there is nothing to score."""
-        names, present = self.class_set.names, self.regions[1].sum(axis=0) > 0
+        names, present = self.class_set.names, self.edges[3].any(axis=0)  # classes of the truth
         boundary_iou = self.regions[0] / np.maximum(self.regions[1], 1)
         found, predicted, recovered, true = self.edges
         precision, recall = found / np.maximum(predicted, 1), recovered / np.maximum(true, 1)

@@ -11,7 +11,7 @@ from ..files import UserError, atomic_open, read_json, write_json
 from ..inference import trained_model
 from ..losses import cross_entropy
 from ..metrics import METRICS, scores
-from ..processed import FOLDS, NoSplit, Split, find_split, read_stats, scored_split, training_splits
+from ..processed import NoSplit, Split, find_split, read_stats, scored_split, training_splits
 from ..settings import PRESETS
 from ..train import evaluate
 from .details import DISTANCES, Details, spread
@@ -41,7 +41,7 @@ def evaluate_run(run: Path, processed: Path, split: str | None = None) -> dict:
     results |= {key: config["settings"][key] for key in ("stage", "seed", "precision")}
     results |= {key: joined(config["sessions"], key) for key in ("device", "torch", "commit")}
     results |= {"epochs": len(history), "trained_void": about["void"]}
-    results |= {"train_seconds": sum(r["seconds"] for r in history), "images_per_second": len(dataset) / result.seconds}
+    results |= {"train_seconds": sum(r["seconds"] for r in history)}
     results |= {"parameters": sum(weight.numel() for weight in model.parameters())}
     results["rules"] = {rule: scores(result.confusion, about["classes"], rule) for rule in dataset.class_set.void_rules}
     results |= {"confusion": result.confusion.tolist(), "weights_sha256": checkpoint.weights_sha256(run)}
@@ -135,7 +135,8 @@ def read_results(run: Path, split: str | None = None) -> dict:
 
     Raises UserError when there are none, or when they are those of other weights than the folder's.
     """
-    names = (split,) if split else (*(f"fold{k}" for k in range(FOLDS)), "test", "val", "val_all")
+    fold = checkpoint.read_config(run)["settings"]["fold"]
+    names = (split,) if split else ("test", "val", "val_all") if fold is None else (f"fold{fold}",)
     path = next((path for name in names if (path := run / f"results_{name}.json").is_file()), None)
     if path is None:
         raise UserError(f"{run}: expected results_<split>.json, found none; run `python -m unetseg evaluate` first")

@@ -69,6 +69,8 @@ def read_plan(path: Path) -> dict:
                 raise ValueError(f"{name}.control, which names no row: {control!r}")
         for job in jobs:
             with_preset(settings_of(plan, job, Path(), Path()))
+        if len({recipe_of(plan, job)["void"] for job in jobs}) > 1:
+            raise ValueError("rows that start from weights of two void rules; give one under [settings]")
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
         found = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path}: expected a plan as docs/plans.md describes it, found {found}") from None
