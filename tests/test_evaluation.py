@@ -121,19 +121,17 @@ def test_blocks_cover_ten_seconds():
     assert not compare.time_blocks(["a", "b"])[1] and len(set(compare.time_blocks(["a", "b"])[0])) == 2
 
 
-@pytest.mark.parametrize(
-    "seeds, spread, paired", [((1, 1), 0.0, False), ((1, 3), 0.02, False), ((3, 3), 0.02, False), ((3, 3), 0.02, True)]
-)
+@pytest.mark.parametrize("seeds, spread, paired", [(1, 0.0, False), (3, 0.02, False), (3, 0.02, True)])
 def test_no_difference_is_claimed_more_than_once_in_twenty(seeds, spread, paired, monkeypatch):
     monkeypatch.setattr(compare, "DRAWS", 300)
     rng, claims, number = np.random.default_rng(5), 0, 200
     for _ in range(number):
         state = rng.bit_generator.state["state"]["state"] % 2**32
         pair = []
-        for number_of_seeds in seeds:
+        for _ in range(2):
             shared = np.random.default_rng(state)  # the same images, so the same difficulty
             hard = shared.normal(0, 0.08, 12)
-            pair.append(with_difficulty(rng, hard, number_of_seeds, spread))
+            pair.append(with_difficulty(rng, hard, seeds, spread))
         found = compare.verdicts({"x": compare.difference(*pair, np.repeat(np.arange(12), 4), paired=paired)})["x"]
         claims += found["verdict"] != "not distinguishable"
         rng.random()
@@ -163,10 +161,10 @@ def test_a_large_difference_is_found_and_few_blocks_give_no_verdict():
     blocks = np.repeat(np.arange(12), 4)
     found = compare.verdicts({"b": compare.difference(a, b, blocks), "a": compare.difference(a, a, blocks)})
     assert found["b"]["verdict"] == "better" and found["a"]["verdict"] == "not distinguishable"
-    low, high = found["b"]["interval"]
-    assert low < found["b"]["difference"] < high and found["a"]["difference"] == 0
+    assert sorted([*found["b"]["interval"], found["b"]["difference"]])[1] == found["b"]["difference"]
     few = compare.difference(a[:, :36], b[:, :36], blocks[:36])
     assert "interval" not in few and few["reason"].startswith("the images make 9 of the 10 blocks")
+    assert compare.difference(a[:1], b, blocks)["reason"].startswith("one group is a single seed")
 
 
 def test_the_interval_of_pairs_is_that_of_their_differences():
@@ -180,11 +178,9 @@ def test_the_interval_of_pairs_is_that_of_their_differences():
     assert compare.difference(a, b, np.arange(12), score=score)["interval"][0] < -40
     rare = compare.difference(a, b, np.arange(12), score=lambda counts, void: np.full(counts.shape[:-2], np.nan))
     assert "interval" not in rare and rare["reason"] == "a class is missing from many blocks"
-    counts = np.zeros((2, 4, 3), int)
-    counts[:, 0, 0] = 5
-    assert compare.pooled_miou(counts, "ignore").tolist() == [1, 1]
-    counts[0, 1, 0] = 5  # the second draw lacks this class
-    assert compare.pooled_miou(counts, "ignore")[0] == 0.25 and np.isnan(compare.pooled_miou(counts, "ignore")[1])
+    counts = np.array([[[5, 0], [5, 0], [0, 0]], [[5, 0], [0, 0], [0, 0]]])  # the second draw lacks a class
+    assert np.isnan(compare.pooled_miou(counts, "ignore")).tolist() == [False, True]
+    assert compare.pooled_miou(counts[1:], "ignore") == [1]
 
 
 def test_holm_multiplies_the_smallest_p_by_all():

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, process, same, tree, wait_for, without_timings
 
 from unetseg import checkpoint
-from unetseg.files import UserError, exclusive, write_json
+from unetseg.files import exclusive
 
 SCRIPT = ROOT / "preprocessing" / "image_segmentation_preprocessing.py"
 # The command line, killed at the given call of a function: while a file is written, in a step, in evaluation ...
@@ -188,14 +188,6 @@ def test_leftovers_go_and_foreign_files_stay(tmp_path):
     with exclusive(tmp_path):
         kept = {path.name for path in tmp_path.iterdir()}
     assert kept == {".lock", ".mine.tmp", ".x.0a1b2c3d.tmp.bak", "mine.tmp"}
-
-
-def test_a_temporary_file_is_never_a_link_that_lay_there(tmp_path, monkeypatch):
-    monkeypatch.setattr("unetseg.files.secrets.token_hex", lambda number: "00000000")
-    (tmp_path / ".a.json.00000000.tmp").symlink_to(tmp_path / "victim")
-    with pytest.raises(UserError, match="File exists"):
-        write_json(tmp_path / "a.json", {})
-    assert not (tmp_path / "victim").exists()
 
 
 @pytest.mark.parametrize("number", [37, 95, 5])  # ENOLCK, EOPNOTSUPP, EIO

@@ -15,11 +15,11 @@ SITTING = ["settings", "classes", "processed", "data", "augment", "losses", "mod
 SITTING += ["train", "run", "checkpoint", "distributed", "device"]
 AROUND = ["__init__", "__main__", "images", "inference", "tracking", "plots", "files"]
 BUDGETS = {  # lines, docstrings and comments included, blank ones not
-    "the sitting": ([f"unetseg/{name}.py" for name in SITTING], 1640),
-    "around it": ([f"unetseg/{name}.py" for name in AROUND], 961),
-    "evaluation": (["unetseg/evaluation/*.py"], 725),
+    "the sitting": ([f"unetseg/{name}.py" for name in SITTING], 1639),
+    "around it": ([f"unetseg/{name}.py" for name in AROUND], 946),
+    "evaluation": (["unetseg/evaluation/*.py"], 724),
     "show": (["unetseg/show/*.py"], 392),
-    "tools": (["unetseg/tools/*.py"], 1987),
+    "tools": (["unetseg/tools/*.py"], 1966),
     "notebooks": (["notebooks/*.py"], 300),
     "the script": (["preprocessing/*.py"], 20),
     "report": (["report/*.py", "report/*.typ"], 400),

@@ -151,13 +151,11 @@ def test_an_error_is_not_hidden_by_a_signal():
         raise OSError("disk full")
 
 
-def test_an_ignored_signal_stays_ignored():
+def test_an_ignored_signal_stays_ignored(request):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with Stopper().listening():
-            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    with Stopper().listening():
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 def test_the_time_limit_is_reached_before_its_minutes_are_over():

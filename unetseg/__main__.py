@@ -10,6 +10,7 @@ if __name__ == "__main__":  # an exception in the middle of torch's imports woul
 
 import argparse
 import atexit
+import importlib
 import shlex
 import sys
 import threading
@@ -104,7 +105,6 @@ def say(text: str) -> None:
 def train(args: argparse.Namespace) -> int:
     from . import checkpoint, run
 
-    listen()
     given = {name: getattr(args, name) for name in KNOBS if getattr(args, name, None) is not None}
     if args.command == "resume":
         given = complete(checkpoint.read_config(args.run)["settings"]) | {"out": args.run}
@@ -117,7 +117,6 @@ def train(args: argparse.Namespace) -> int:
 def scenes(args: argparse.Namespace) -> int:
     from .tools.scenes import draw_dataset
 
-    listen()
     draw_dataset(args.out, {"train": args.train, "val": args.val}, args.size, args.seed)
     train, val = (len([*args.out.glob(f"leftImg8bit/{split}/drawn/*.png")]) for split in ("train", "val"))
     say(f"{train} train and {val} val scenes of {args.size[0]}x{args.size[1]}, seed {args.seed}, in {args.out}")
@@ -128,7 +127,6 @@ def scenes(args: argparse.Namespace) -> int:
 def evaluate(args: argparse.Namespace) -> int:
     from .evaluation import evaluate_run, results_table
 
-    listen()
     results = evaluate_run(args.run, args.data, args.split)
     say(results_table(results))
     if args.official:
@@ -145,7 +143,6 @@ def evaluate(args: argparse.Namespace) -> int:
 def compare(args: argparse.Namespace) -> int:
     from .evaluation.compare import compare_runs, verdict_line
 
-    listen()
     others = {str(runs[0]): runs for runs in args.to}
     for name, found in compare_runs(args.base, others, args.split).items():
         say(verdict_line(name, found))
@@ -155,7 +152,6 @@ def compare(args: argparse.Namespace) -> int:
 def predict(args: argparse.Namespace) -> int:
     from .show.predict import Predictor, predict_files, remarks
 
-    listen()
     predictor = Predictor(args.weights, args.precision, args.tiles, args.flip)
     rows, problems = predict_files(predictor, args.images, args.out)
     for line in [*problems, *(f"note: {remark}" for remark in remarks(predictor, rows.values()))]:
@@ -168,7 +164,6 @@ def predict(args: argparse.Namespace) -> int:
 def export(args: argparse.Namespace) -> int:
     from .show.export import export_onnx
 
-    listen()
     found = export_onnx(args.weights, args.onnx)
     like = f"differ by at most {found['difference']:.1e}, {found['agreement']:.3%} of the pixels have the same class"
     say(f"{args.onnx}: {found['bytes'] / 2**20:.1f} MiB; against PyTorch logits {like}")
@@ -178,7 +173,6 @@ def export(args: argparse.Namespace) -> int:
 def page(args: argparse.Namespace) -> int:
     from .show.page import make_page, serve
 
-    listen()
     say(make_page(args.weights, args.out))
     if args.serve:
         serve(args.out, args.serve)
@@ -188,14 +182,12 @@ def page(args: argparse.Namespace) -> int:
 def doctor(args: argparse.Namespace) -> int:
     from .tools.doctor import examine
 
-    listen()
     return examine(args.data)
 
 
 def classes(args: argparse.Namespace) -> int:
     from .tools.class_files import write_class_file
 
-    listen()
     say(write_class_file(args.folder, args.out))
     return 0
 
@@ -203,13 +195,16 @@ def classes(args: argparse.Namespace) -> int:
 def plan(args: argparse.Namespace) -> int:
     from .tools.plan import plan_table, run_plan
 
-    listen()
     say(plan_table(run_plan(args.plan, args.data, args.out, args.results or args.out / "results", args.max_minutes)))
     return 0
 
 
-COMMANDS = {"train": train, "resume": train, "scenes": scenes, "evaluate": evaluate, "predict": predict}
-COMMANDS |= {"compare": compare, "classes": classes, "plan": plan, "doctor": doctor, "export": export, "page": page}
+COMMANDS = {  # the function of each, and the module with what takes long to import
+    "train": (train, "run"), "resume": (train, "run"), "scenes": (scenes, "tools.scenes"),
+    "evaluate": (evaluate, "evaluation"), "compare": (compare, "evaluation"), "plan": (plan, "tools.plan"),
+    "predict": (predict, "show.predict"), "export": (export, "show.export"), "page": (page, "show.page"),
+    "doctor": (doctor, "tools.doctor"), "classes": (classes, "tools.class_files"),
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -224,7 +219,10 @@ def main(argv: list[str] | None = None) -> int:
             listen()
             return preprocess.main(argv[1:])
         args = build_parser().parse_args(argv)
-        return COMMANDS[args.command](args)
+        run, module = COMMANDS[args.command]
+        importlib.import_module(f".{module}", __package__)
+        listen()
+        return run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1

@@ -50,8 +50,7 @@ def atomic_open(path: Path, durable: bool = False) -> Iterator[IO[bytes]]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # never follows a link
-        with open(descriptor, "wb") as file:
+        with open(temporary, "xb") as file:  # never follows a link
             yield file
             if durable:
                 file.flush()

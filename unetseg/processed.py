@@ -157,11 +157,10 @@ def read_pair(processed: Path, folder: str, stem: str, num_classes: int, size: t
 
 def read_image(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """A stored image as k (H, W, 3) uint8, from k itself or from k/255 in a float dtype. Raises UserError."""
+    content = io.BytesIO(read_bytes(path, most=4 * math.prod(shape) + 4096))
     try:
-        stored = np.load(io.BytesIO(read_bytes(path, most=4 * math.prod(shape) + 4096)), allow_pickle=False)
+        stored = np.load(content, allow_pickle=False)
         found = stored.shape, stored.dtype.name
-    except UserError:
-        raise
     except Exception as error:  # NumPy has no common base class for the errors of damaged files
         raise UserError(f"{path}: expected an array that preprocessing wrote, found {error}; rerun it") from None
     if found[0] != shape or found[1] not in ("uint8", "float16", "float32"):

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from ..checkpoint import weights_sha256
 from ..files import UserError
 from ..metrics import iou, under_rule
 from ..processed import moment
@@ -49,10 +48,9 @@ def difference(
     a, b    (S, N, C + 1, C) counts: seeds x images; the same N images, as many seeds as there are
     blocks  (N,) the block of each image, which is drawn as a whole
     paired  whether seed k of `b` belongs to seed k of `a`, as where both started from the same weights
-    A paired bootstrap draws blocks of images; the variance between seeds is added to its own (a single seed is taken to
-    vary as those of the other group). Both are corrected for the few that were drawn from, and the interval is
-    Student's with Welch and Satterthwaite's degrees of freedom, because the percentiles of a few blocks are too narrow.
-    After Efron & Tibshirani, 1993.
+    A paired bootstrap draws blocks of images; the variance between seeds is added to its own. Both are corrected for
+    the few that were drawn from, and the interval is Student's with Welch and Satterthwaite's degrees of freedom,
+    because the percentiles of a few blocks are too narrow. After Efron & Tibshirani, 1993.
     """
     rng, names = np.random.default_rng(0), np.unique(blocks)
     number = len(names)
@@ -61,13 +59,13 @@ def difference(
     found = {"difference": float(scores[1].mean() - scores[0].mean()), "blocks": number, "seeds": [len(a), len(b)]}
     if number < LEAST_BLOCKS:
         return found | {"reason": f"the images make {number} of the {LEAST_BLOCKS} blocks of {SECONDS} s that it takes"}
+    if min(len(a), len(b)) == 1 < max(len(a), len(b)):
+        return found | {"reason": "one group is a single seed; compare seeds with seeds, or one run with one"}
     draws = rng.multinomial(number, np.full(number, 1 / number), size=DRAWS)  # how often each block is drawn
     drawn = [[score(np.einsum("db,bij->dij", draws, run), void) for run in group] for group in per_block]
     parts = [(np.var(np.mean(drawn[1], 0) - np.mean(drawn[0], 0), ddof=1) * number / (number - 1), number - 1)]
     spreads = [scores[1] - scores[0]] if paired else scores
-    known = [group for group in spreads if len(group) > 1]
-    shares = [1 / len(a) + 1 / len(b)] if len(known) < len(spreads) else [1 / len(group) for group in known]
-    parts += [(np.var(group, ddof=1) * share, len(group) - 1) for group, share in zip(known, shares)]
+    parts += [(np.var(group, ddof=1) / len(group), len(group) - 1) for group in spreads if len(group) > 1]
     variance = sum(part for part, _ in parts)
     if not np.isfinite(variance):
         return found | {"reason": "a class is missing from many blocks"}
@@ -91,14 +89,19 @@ def read_confusions(run: Path, split: str | None = None) -> tuple[dict, np.ndarr
     """The results of a run and the matrix of each image (N, C + 1, C). Raises UserError where they are not there."""
     results = read_results(run, split)
     path = run / f"confusions_{results['split']}.npz"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            confusions, sha256 = file["confusions"].astype(np.int64), str(file["weights_sha256"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: expected a matrix per image, found {error}; run `evaluate` again") from None
-    if sha256 != weights_sha256(run):
+    confusions, sha256 = read_arrays(path, "weights_sha256", "run `evaluate` again")
+    if sha256 != results["weights_sha256"]:
         raise UserError(f"{path}: these are of other weights than {run} holds; run `evaluate` again")
     return results, confusions
+
+
+def read_arrays(path: Path, text: str, advice: str) -> tuple[np.ndarray, str]:
+    """The matrix of each image (N, C + 1, C) int64 in an .npz file, and the text there of a name. Raises UserError."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return file["confusions"].astype(np.int64), str(file[text])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: expected a matrix per image, found {error}; {advice}") from None
 
 
 def compare_runs(base: list[Path], others: dict[str, list[Path]], split: str | None = None) -> dict[str, dict]:
@@ -124,7 +127,7 @@ def verdict_line(name: str, found: dict) -> str:
     if "interval" not in found:
         return f"{line}; no interval and no verdict: {found['reason']}"
     low, high = (100 * end for end in found["interval"])
-    seeds = "" if max(found["seeds"]) > 1 else "; one seed each: what another seed would change is not in it"
+    seeds = "" if min(found["seeds"]) > 1 else "; one seed each: what another seed would change is not in it"
     what = f"{found['blocks']} blocks of {SECONDS} s" if found["names_tell_time"] else f"{found['blocks']} images"
     verdict = f"{found['verdict']} (p {found['p_holm']:.3f})" if "verdict" in found else "no verdict"
     return f"{line}, 95 % interval {low:+.2f} to {high:+.2f} ({what}{seeds}): {verdict}"

@@ -73,13 +73,10 @@ class Details:
                 tables[f"{title}_{distance}px"] = {"mean": mean(scores.values()), "classes": scores}
         sizes = {}
         for name, (hit, area, false) in self.objects.items():
-            sizes[name] = {s: ratio(hit[i], area[i] + false[i]) for i, s in enumerate(SIZES)}
+            whole = area + false
+            sizes[name] = {s: float(hit[i] / whole[i]) if whole[i] else None for i, s in enumerate(SIZES)}
         error = np.abs(self.bins[1] - self.bins[2]).sum() / max(self.bins[0].sum(), 1)
         return tables | {"iou_by_size": sizes, "calibration_error": float(error)}
-
-
-def ratio(part: float, whole: float) -> float | None:
-    return float(part / whole) if whole else None
 
 
 def mean(values: Sequence[float | None]) -> float | None:

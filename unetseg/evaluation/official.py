@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .. import checkpoint
 from ..classes import CLASS_SETS, IGNORE_INDEX, ClassSet, stored
 from ..files import UserError, exclusive, read_bytes, write_json
 from ..images import read_png
@@ -52,7 +51,6 @@ def score_officially(run: Path, processed: Path, out: Path, split: str | None = 
             write_picture(files[-1][0], pred)
     found = scores(counts, class_set) | {"ceiling": scores(ceiling, class_set), "images": len(files)}
     found |= script_scores(files)
-    found |= {"weights_sha256": checkpoint.weights_sha256(run), "data_sha256": results["data_sha256"]}
     write_json(run / f"results_{results['split']}.json", results | {"official": found})
     return found
 

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .. import checkpoint, commit, plots
+from .. import commit, plots
 from ..data import SegmentationSet, load_split
 from ..files import UserError, write_json
 from ..images import cv2
 from ..inference import class_scores, trained_model
 from ..metrics import confusion_matrices, miou, under_rule
-from ..processed import scored_split
 from .compare import difference, time_blocks
 from .details import THINGS
 from .results import number as as_text
+from .results import read_results
 
 COVERAGE = (0.1, 0.2, 0.3, 0.4, 0.5)  # shares of the image
 SEEN = ("flat", "noise", "patch")  # textures like those of training, in rectangles
@@ -194,21 +194,20 @@ def corruption_scores(model: torch.nn.Module, dataset: SegmentationSet, clean: n
 
 
 def robustness(run: Path, processed: Path, split: str | None = None) -> dict:
-    """Both benchmarks for a run; written to robustness_<split>.json with all that they depend on."""
-    model, about = trained_model(run)
-    dataset = load_split(processed, split or scored_split(processed, checkpoint.read_config(run)["settings"]["fold"]))
-    if list(dataset.class_set.names) != about["classes"]:
-        raise UserError(f"{processed}: expected the classes {about['classes']}, found {list(dataset.class_set.names)}")
-    void, number = about["void"], len(dataset.class_set)
+    """Both benchmarks for a run on a split that it was scored on; written to robustness_<split>.json with all that they
+    depend on. Raises UserError where there are no scores, or those of other data."""
+    results, (model, _) = read_results(run, split), trained_model(run)
+    dataset, void = load_split(processed, results["split"]), results["trained_void"]
+    if dataset.split.sha256 != results["data_sha256"]:
+        raise UserError(f"{processed}: expected the data that {run} was scored on; run `evaluate` again")
     preds = predict_all(model, dataset.images.cpu().numpy())
-    clean = counts(preds, dataset.masks.cpu().numpy(), number)
-    found = {"run": run.name, "split": dataset.split.name, "split_note": dataset.split.note, "size": list(dataset.size)}
-    found |= {"images": dataset.split.images, "data_sha256": dataset.split.sha256, "trained_void": void}
-    found |= {"weights_sha256": checkpoint.weights_sha256(run), "commit": commit(), "resolution": "after shrinking"}
+    clean = counts(preds, dataset.masks.cpu().numpy(), len(dataset.class_set))
+    keys = ("run", "split", "split_note", "size", "images", "data_sha256", "trained_void", "weights_sha256")
+    found = {key: results[key] for key in keys} | {"commit": commit(), "resolution": "after shrinking"}
     found |= {"clean": pooled(clean, void), "occlusion": occlusion_scores(model, dataset, preds, void)}
     found |= {"corruptions": corruption_scores(model, dataset, clean, void)}
-    write_json(run / f"robustness_{dataset.split.name}.json", found)
-    plots.save(plots.robustness_curves(found), run / f"robustness_{dataset.split.name}.png", dpi=160)
+    write_json(run / f"robustness_{results['split']}.json", found)
+    plots.save(plots.robustness_curves(found), run / f"robustness_{results['split']}.png", dpi=160)
     return found
 
 

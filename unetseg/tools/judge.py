@@ -11,6 +11,7 @@ import numpy as np
 from ..classes import CLASS_SETS, IGNORE_INDEX, ClassSet
 from ..files import UserError
 from ..images import cv2
+from ..processed import CAMVID
 from .layouts import Layout
 
 REACH, WIDTH = 24, 512  # steps by which a mask may be off, and the width at which that is looked for
@@ -123,11 +124,11 @@ def judge_duplicates(images: dict[str, dict[str, str]]) -> tuple[list[str], list
     return errors, warnings
 
 
-def judge_frames(pattern: str | None, stems: dict[str, list[str]]) -> list[str]:
-    """What must be said about splits that share a clip; `pattern` gives the clip and frame of a stem."""
+def judge_frames(stems: dict[str, list[str]]) -> list[str]:
+    """What must be said about splits that share a clip of CamVid; stems: those of each split."""
     clips: dict[str, dict[str, list[int]]] = {}
     for split, names in stems.items():
-        for match in filter(None, (re.fullmatch(pattern, name) for name in names if pattern)):
+        for match in filter(None, (re.fullmatch(CAMVID, name) for name in names)):
             clips.setdefault(match[1], {}).setdefault(split, []).append(int(match[2]))
     said = []
     for clip, splits in clips.items():

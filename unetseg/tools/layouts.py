@@ -16,6 +16,7 @@ import numpy as np
 from ..classes import CLASS_SETS, ClassSet
 from ..files import UserError, read_bytes
 from ..images import BadFile, read_pixels
+from ..processed import CAMVID
 
 DEEPEST = 8  # folders below the given one that are looked into
 JUNK = re.compile(r"\._.*|\.DS_Store|Thumbs\.db|desktop\.ini", re.IGNORECASE)  # files of operating systems
@@ -162,14 +163,12 @@ class Layout:
     class_sets     names in CLASS_SETS that its ids can become, the default first; none: its class file says
     unlabelled     splits of which images alone are taken
     val_is_halved  whether val is cut into val and test
-    frame          pattern of a stem's clip and frame number (30 a second), where names tell time
     """
 
     name, expected = "", ""
     class_sets: tuple[str, ...] = ("cityscapes7", "cityscapes19")
     unlabelled: tuple[str, ...] = ()
     val_is_halved = False
-    frame: str | None = None
 
     def label_name(self, stem: str) -> str:
         return f"{stem}.png"
@@ -270,7 +269,7 @@ class CamVid(Layout):
     """CamVid as SegNet has it: {split}/ and {split}annot/, with ids 0-11."""
 
     name, expected = "camvid", "train/ and trainannot/ (CamVid, SegNet's split)"
-    class_sets, frame = ("camvid7", "camvid11"), r"(.+?)_f?(\d+)"
+    class_sets = ("camvid7", "camvid11")
     beside = "annot"
 
     def find(self, tree):
@@ -501,7 +500,7 @@ def nearest_colours(rgb: np.ndarray, near: int = NEAR) -> np.ndarray:
 
 def segnet_split(stem: str) -> str:
     """The split of a CamVid frame in SegNet's data: test is all of Seq05VD and half of 0001TP, val a part of 0016E5."""
-    match = re.fullmatch(CamVid.frame, stem)
+    match = re.fullmatch(CAMVID, stem)
     clip, number = (match[1], int(match[2])) if match else (stem, 0)
     if clip == "Seq05VD" or (clip == "0001TP" and number >= 8550):
         return "test"

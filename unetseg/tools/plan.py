@@ -9,8 +9,6 @@ import json
 import math
 import time
 import tomllib
-import zipfile
-import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +18,7 @@ import numpy as np
 from .. import checkpoint
 from ..data import load_split
 from ..evaluation import evaluate_run, headline, joined, verdicts
-from ..evaluation.compare import difference_over, pooled_miou, read_confusions, verdict_line
+from ..evaluation.compare import difference_over, pooled_miou, read_arrays, read_confusions, verdict_line
 from ..evaluation.details import mean
 from ..evaluation.robustness import counts, predict_all, unseen_occluders
 from ..files import Busy, UserError, atomic_open, exclusive, make_folder, read_bytes, write_json
@@ -197,13 +195,11 @@ def score(run: Path, data: Path, fold: int | None, recipe: dict, path: Path) -> 
 
 def read_result(path: Path) -> tuple[dict, np.ndarray]:
     """Facts and matrices (N, C + 1, C) of a run. Raises UserError for a damaged file."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            facts = json.loads(str(file["facts"]))
-            facts["recipe"], facts["data"] = whole(facts["recipe"]), facts["data"]  # not there in an older version's
-            return facts, file["confusions"].astype(np.int64)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
-        raise UserError(f"{path}: expected a result, found a damaged or older file; delete it and rerun") from None
+    confusions, text = read_arrays(path, "facts", "delete it and rerun")
+    facts = json.loads(text)
+    if not {"recipe", "data"} <= facts.keys():
+        raise UserError(f"{path}: was written by another version of unetseg; delete it and rerun")
+    return facts | {"recipe": whole(facts["recipe"])}, confusions
 
 
 def read_results(plan: dict, results: Path, data: dict | None = None) -> dict[Job, tuple[dict, np.ndarray]]:

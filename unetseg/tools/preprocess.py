@@ -39,7 +39,7 @@ from ..processed import FORMAT, checksum, pair_paths, read_image, read_pair
 from . import judge, parse_size, whole_number
 from .class_files import read_class_file
 from .layouts import DataSet, Layout, Pair, choose_splits, find_data
-from .workers import ignore_ctrl_c, worker_pool
+from .workers import worker_pool
 
 UNFINISHED = ".unfinished"  # folder in the processed folder where splits are made
 JOURNAL = "made_{}.jsonl"  # in it: a record per finished pair
@@ -243,8 +243,7 @@ def process_split(pool: Executor, pairs: list[Pair], out: Path, task: Task, reus
                 earlier.get(record.stem, []).append((folder, record))
     jobs = [(pair, earlier[pair.stem]) for pair in pairs]
     chunk = max(1, min(16, len(jobs) // 128))
-    with ignore_ctrl_c():
-        results = pool.map(partial(process, task=task), jobs, chunksize=chunk)
+    results = pool.map(partial(process, task=task), jobs, chunksize=chunk)
     records = []
     with open(staging / JOURNAL.format(split), "a", encoding="utf-8") as journal:
         for record in tqdm(results, total=len(jobs), desc=split, unit="img", leave=False):
@@ -273,11 +272,7 @@ def read_made(out: Path, split: str, recipe: Recipe) -> list[Record]:
 
 
 def check_output(out: Path, data_set: DataSet) -> None:
-    """Raise UserError when the output folder holds another source's splits, or leads elsewhere by a link."""
-    for folder in (UNFINISHED, "visualizations", *(f"{kind}_processed" for kind in ("images", "masks"))):
-        for path in (out / folder, *(out / folder).glob("*")):
-            if path.is_symlink():
-                raise UserError(f"{path}: expected a folder of its own, found a link; use another --output_dir")
+    """Raise UserError when the output folder holds splits of another source or version."""
     made = sorted(out.glob("stats_*.json"))
     for path in made:
         if read_json(path).get("format") != FORMAT:
@@ -422,7 +417,7 @@ def judge_split(task: Task, records: list[Record]) -> list[str]:
     return found + judge.judge_pairs(fits, skies)
 
 
-def judge_together(out: Path, data_set: DataSet, splits: list[str]) -> list[str]:
+def judge_together(out: Path, splits: list[str]) -> list[str]:
     """What must be said about splits side by side. Raises UserError when one holds images of another."""
     made = {path.stem.removeprefix("stats_"): read_json(path)["files"] for path in sorted(out.glob("stats_*.json"))}
     made |= {split: read_json(out / UNFINISHED / f"stats_{split}.json")["files"] for split in splits}
@@ -430,7 +425,7 @@ def judge_together(out: Path, data_set: DataSet, splits: list[str]) -> list[str]
     errors, warnings = judge.judge_duplicates(pixels)
     if errors:
         raise UserError("\n".join(errors))
-    return warnings + judge.judge_frames(data_set.layout.frame, {split: list(files) for split, files in made.items()})
+    return warnings + judge.judge_frames({split: list(files) for split, files in made.items()})
 
 
 def make_split(pool: Executor, data_set: DataSet, out: Path, task: Task, reuse: bool) -> tuple[list, dict | None]:
@@ -470,7 +465,7 @@ def run(args: argparse.Namespace, data_set: DataSet | None = None) -> int:
                 pictures.append(pool.submit(draw, staging, stats, args.sample_size))
         for picture in pictures:
             picture.result()
-        for warning in judge_together(out, data_set, done):
+        for warning in judge_together(out, done):
             log.warning("warning: %s", warning)
         move_into_place(out, done)
     log.info("written to %s: images_processed, masks_processed, stats_*.json, visualizations", args.output_dir)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..files import UserError, atomic_open, make_folder
 from ..images import cv2
-from .workers import ignore_ctrl_c, worker_pool
+from .workers import worker_pool
 
 EGO, BORDER, ROAD, SIDEWALK, BUILDING, WALL, FENCE = 1, 2, 7, 8, 11, 12, 13
 POLE, LIGHT, SIGN, TREE, GRASS, SKY, PERSON, RIDER = 17, 19, 20, 21, 22, 23, 24, 25
@@ -310,9 +310,7 @@ def draw_dataset(out: Path, num_scenes: dict[str, int], size: tuple[int, int] = 
                 jobs.append((size, (seed, number, place), image_path, labels_path))
     if jobs:
         with worker_pool() as pool:
-            with ignore_ctrl_c():
-                drawn = pool.map(_draw_files, jobs)
-            list(tqdm(drawn, total=len(jobs), desc="drawing", unit="img"))
+            list(tqdm(pool.map(_draw_files, jobs), total=len(jobs), desc="drawing", unit="img"))
     return len(jobs)
 
 

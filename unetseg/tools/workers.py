@@ -3,32 +3,18 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 
 
 def worker_pool(workers: int | None = None) -> ProcessPoolExecutor:
-    """A pool of processes (default: one per core) that end with this one; submit the first task in `ignore_ctrl_c`."""
+    """A pool of processes (default: one per core) that leave Ctrl-C to this one, and end with it."""
     return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent)
 
 
-@contextmanager
-def ignore_ctrl_c() -> Iterator[None]:
-    """Processes that are started in this block ignore Ctrl-C; the main process tells them when to end."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _end_with_parent() -> None:
-    """End this worker when its parent ends; a parent that is killed cannot tell it to."""
+    """End this worker when its parent ends, and only then; a parent that is killed cannot tell it to."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait() -> None:
         parent_process().join()
