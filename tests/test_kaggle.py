@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import execute
 import nbformat
@@ -261,23 +262,12 @@ def test_the_kaggle_package_accepts_the_metadata(folder, monkeypatch, tmp_path, 
     monkeypatch.setenv("HOME", str(tmp_path))
     from kaggle.api.kaggle_api_extended import KaggleApi
 
-    asked = []
-
-    class Client:
-        def __enter__(self):
-            self.kernels = self.kernels_api_client = self
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-        def save_kernel(self, request):
-            asked.append(request)
-
-    api = KaggleApi()
-    monkeypatch.setattr(api, "build_kaggle_client", Client)
+    api, client = KaggleApi(), MagicMock()
+    monkeypatch.setattr(api, "build_kaggle_client", client)
+    save = client().__enter__().kernels.kernels_api_client.save_kernel
+    save.return_value = None
     api.kernels_push(str(ROOT / "kaggle" / folder))
-    (request,) = asked
+    request = save.call_args.args[0]
     assert "does not resolve" not in capsys.readouterr().out
     assert request.machine_shape == "NvidiaTeslaT4" and request.enable_gpu and request.enable_internet
     assert request.is_private and request.dataset_data_sources == ["USERNAME/unetseg", "USERNAME/street-scenes"]

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, command
 
 from unetseg.data import Batches, load_split
-from unetseg.evaluation import read_results
+from unetseg.evaluation import evaluate_run, read_results
 from unetseg.evaluation.compare import pooled_miou
 from unetseg.files import UserError, exclusive, read_json
 from unetseg.processed import find_split, hold_out, moment
@@ -75,12 +75,17 @@ def test_a_run_with_a_fold_is_scored_on_it(processed, tmp_path):
     assert command("evaluate", tmp_path / "run", "--data", processed) == 0
     results = read_json(tmp_path / "run" / "results_fold2.json")
     short = "trained for 1 of the usual 100 epochs: too few to read anything into the scores"
-    assert results["images"] == find_split(processed, "fold2").images and results["remarks"] == [short]
+    assert results["images"] == find_split(processed, "fold2").images and results["remarks"][0] == short
     assert command("evaluate", tmp_path / "run", "--data", processed, "--split", "train") == 0
     said = read_json(tmp_path / "run" / "results_train.json")["remarks"]
-    assert said == [short, "4 of these images were in the run's train split: they are not unseen"]
+    assert said[::2] == [short, "4 of these images were in the run's train split: they are not unseen"]
     assert command("evaluate", tmp_path / "run", "--data", processed, "--split", "fold0") == 0
     assert read_results(tmp_path / "run")["split"] == "fold2"
+    for start, out in (("run", "heir"), ("heir", "heir of the heir")):
+        tune = ["--init", tmp_path / start, "--out", tmp_path / out, "--epochs", 1, "--fold", 1]
+        assert command("train", "ce_dice", "--data", processed, *tune) == 0
+    said = evaluate_run(tmp_path / out, processed)["remarks"]
+    assert "it started from weights of other training data, which may hold these images: then they" in said[-1]
 
 
 def test_half_size_is_the_mean_of_four_pixels_and_the_class_under_the_centre(processed):
@@ -121,6 +126,9 @@ def test_nothing_starts_from_another_training_than_the_plan_s(a_plan, processed,
     assert not plan.trained(found, job, processed, tmp_path, np.inf) and not (tmp_path / job.name).exists()
     monkeypatch.undo()
     assert plan.trained(found, job, processed, tmp_path, np.inf)
+    found["rows"]["ce_dice"]["epochs"] = 2
+    with pytest.raises(UserError, match="expected the training that the plan describes"):
+        plan.trained(found, job, processed, tmp_path, np.inf)
     shutil.rmtree(tmp_path / "scratch-seed0-fold0")
     found["rows"]["scratch"]["lr"] = 1e-4
     with pytest.raises(UserError, match="expected the training that the plan describes"):
@@ -141,6 +149,7 @@ def check_summary(results):
     assert row["mean"]["scores mIoU"] == pytest.approx(np.mean(by_seed))
     assert row["std"]["scores mIoU"] == pytest.approx(np.std(by_seed, ddof=1)) and 0 < row["mean"]["val mIoU"] < 1
     assert row["miou_against_control"]["seeds"] == [2, 2] and "blocks" in row["miou_against_control"]["reason"]
+    assert "fold 0 of 4 (at random)" in read_json(results / "summary.json")["notes"][0]
 
 
 @pytest.mark.parametrize("change, said", [
@@ -153,6 +162,9 @@ def check_summary(results):
     (('"fp32"', '"auto"'), "or precision auto"),
     (('"CE + Dice"', '"control"'), "(or a title) twice"),
     (("channels = 4", "seed = 4"), "the unknown seed"),
+    (('control = "control"', 'control = "ce_dice"'), "ce_dice.control, which names no other row"),
+    (("[rows.control]", '[rows."a/b"]'), "the row 'a/b', whose name can be no file's"),
+    (("[rows.control]", "[rows.control]\nchannels = 8"), "control.channels, which is not that of the network it st"),
 ])  # fmt: skip
 def test_a_plan_with_a_mistake_is_refused_in_one_line(a_plan, change, said):
     a_plan.write_text(PLAN.replace(*change))
@@ -162,7 +174,8 @@ def test_a_plan_with_a_mistake_is_refused_in_one_line(a_plan, change, said):
 
 
 def test_rows_of_two_void_rules_are_refused(a_plan, monkeypatch):
-    monkeypatch.setattr(plan.checkpoint, "read_about", lambda path: INHERITED | {"void": "background"})
+    about = INHERITED | {"void": "background", "channels": 4, "depth": 2}
+    monkeypatch.setattr(plan.checkpoint, "read_about", lambda path: about)
     a_plan.write_text(PLAN + f'[rows.drawn]\ninit = "{DRAWN}"\n')
     with pytest.raises(UserError, match="rows that start from weights of two void rules"):
         plan.read_plan(a_plan)

@@ -65,7 +65,7 @@ def test_evaluate_scores_both_rules_and_writes_them(made, processed, capsys):
     results = evaluation.read_results(made / "scratch")
     assert results["num_images"] == 2 and np.sum(results["confusion"]) == 2 * 64 * 32
     assert set(results["rules"]) == {"ignore", "background"}
-    assert results["remarks"] == ["trained for 2 of the usual 100 epochs: too few to read anything into the scores"]
+    assert " ".join(results["remarks"]).count(": too few to read anything into the scores") == 2
 
 
 def test_the_same_command_again_changes_nothing(home, processed):
@@ -178,7 +178,7 @@ def test_a_starting_run_that_trains_on_is_said(home, processed, capsys):
     tune = ["--init", home / "scratch", "--epochs", "3", "--precision", "fp32"]
     assert command("train", "ce_dice", "--data", processed, "--out", home / "ce_dice", *tune) == 0
     said = capsys.readouterr().err
-    assert "has other weights than when this run began; it goes on from its own" in said
+    assert "has changed since this run began, which goes on from its own" in said
 
 
 def test_an_unfinished_start_and_another_void_rule_are_said(home, processed, capsys):
@@ -194,7 +194,7 @@ def test_an_unfinished_start_and_another_void_rule_are_said(home, processed, cap
     assert command("train", "ce_dice", "--init", weights, *tune) == 0
     said = capsys.readouterr().err
     assert "has 0 of 100 epochs; its present weights are used" in said
-    assert 'was trained with void="ignore", this run uses "background"' in said
+    assert "was trained under void=ignore, not background" in said
 
 
 def test_weights_of_another_run_are_not_scored_as_this_ones(home, processed, capsys):

@@ -108,7 +108,7 @@ def train(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in KNOBS if getattr(args, name, None) is not None}
     if args.command == "resume":
         given = complete(checkpoint.read_config(args.run)["settings"]) | {"out": args.run}
-    elif os.environ.get("WANDB_SWEEP_ID"):  # each trial of a sweep has a folder of its own
+    elif {"WANDB_SWEEP_ID", "WANDB_RUN_ID"} <= os.environ.keys():  # each trial of a sweep has a folder of its own
         given["out"] = Path(given["out"], os.environ["WANDB_RUN_ID"])
     say(f"{run.summary(run.train(Settings(**given)))}; see {given['out']}")
     return 0

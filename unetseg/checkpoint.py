@@ -39,7 +39,8 @@ def save_weights(run: Path, weights: dict, progress: dict, config: dict) -> None
 
     progress  epoch (finished ones), step (of the one begun), val_miou (None before the first epoch's end)
     """
-    about = {"format": FORMAT, **identity(config), **{key: config[key] for key in ("colours", "people", "cycles")}}
+    about = {key: config.get(key) for key in ("colours", "people", "cycles", "starts")}
+    about |= {"format": FORMAT, **identity(config)}
     tensors = {key: value.to("cpu").contiguous() for key, value in weights.items()}
     content = safetensors.torch.save(tensors, {"unetseg": json.dumps(about | progress, sort_keys=True)})
     write_bytes(run / WEIGHTS, content, durable=True)

@@ -100,6 +100,8 @@ def open_run(settings: Settings, sets: Sets | None = None) -> dict:
         raise UserError(f"{data}: train and val have different class sets, ids or sizes; preprocess both again, alike")
     facts = stored(stats).facts() | dict(zip(("width", "height"), stats["size"]))
     facts["init_sha256"] = checkpoint.weights_sha256(Path(init)) if init else None
+    about = checkpoint.read_about(Path(init)) if init else {}
+    facts["starts"] = [*(about.get("starts") or []), about["train_sha256"]] if init else []  # trained on these data
     facts["data"] = {n: {"sha256": s.sha256, "note": s.note, "images": s.images} for n, s in splits.items()}
     config = distributed.from_first(partial(merge_config, settings, facts))
     if config["data"] != facts["data"]:
@@ -122,8 +124,7 @@ def merge_config(settings: Settings, facts: dict) -> dict:
         refuse_unfinished(settings.init)
         return config | {"cycles": [settings.epochs], "sessions": [session]}
     if old["init_sha256"] != facts["init_sha256"] and old["settings"]["init"] == settings.init:
-        said = "has other weights than when this run began; it goes on from its own"
-        warnings.warn(f"{settings.init} {said}", stacklevel=2)
+        warnings.warn(f"{settings.init} has changed since this run began, which goes on from its own", stacklevel=2)
         config["init_sha256"] = old["init_sha256"]
     changed = checkpoint.differences(checkpoint.identity(old), checkpoint.identity(config))
     cycles, done = old["cycles"], len(checkpoint.read_history(run))
@@ -156,8 +157,7 @@ def initial_model(settings: Settings, config: dict) -> nn.Module:
     if about["classes"] != config["classes"]:
         raise UserError(f"{settings.init}: expected the classes {config['classes']}, found {about['classes']}")
     if about["void"] != settings.void:
-        said = f'was trained with void="{about["void"]}", this run uses "{settings.void}"'
-        warnings.warn(f"{settings.init} {said}", stacklevel=2)
+        warnings.warn(f"{settings.init} was trained under void={about['void']}, not {settings.void}", stacklevel=2)
     if progress := checkpoint.unfinished(about):
         warnings.warn(f"{settings.init} has {progress}; its present weights are used", stacklevel=2)
     return model

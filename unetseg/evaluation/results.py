@@ -67,26 +67,26 @@ def joined(sessions: list[dict], key: str) -> str:
 
 def remarks(config: dict, history: list[dict], split: Split, processed: Path) -> list[str]:
     """What a reader of a run's scores must know."""
-    said = list(read_stats(processed, split.folder).get("notes", []))
-    planned, trained_on = config["cycles"][-1], config["data"]
+    planned, trained_on, short = config["cycles"][-1], config["data"], "too few to read anything into the scores"
     try:
         there = [find_split(processed, name).sha256 for name in training_splits(config["settings"]["fold"])]
     except NoSplit:
         there = []
-    if split.name == "val" and scored_split(processed) == "val":
-        said.append("there is no test split")
-    usual = PRESETS[config["settings"]["stage"]]["epochs"]
-    if len(history) < usual / 4:
-        said.append(f"trained for {len(history)} of the usual {usual} epochs: too few to read anything into the scores")
-    if len(history) < planned:
-        said.append(f"training is not finished: {len(history)} of {planned} epochs are done")
+    usual, done, number = PRESETS[config["settings"]["stage"]]["epochs"], len(history), len(split.images)
     used = trained_on if split.name == "test" else {"train": trained_on["train"]}
     seen = set(split.images) & {image for found in used.values() for image in found["images"]}
-    if seen:
-        said.append(f"{len(seen)} of these images were in the run's {' or '.join(used)} split: they are not unseen")
-    if there != [found["sha256"] for found in trained_on.values()]:
-        said.append(f"{processed} does not hold the data that the run was trained on")
-    return said
+    said = {
+        "there is no test split": split.name == "val" and scored_split(processed) == "val",
+        f"trained for {done} of the usual {usual} epochs: {short}": done < usual / 4,
+        f"only {number} images are scored: {short}": number < 20,
+        f"training is not finished: {done} of {planned} epochs are done": done < planned,
+        f"{len(seen)} of these images were in the run's {' or '.join(used)} split: they are not unseen": seen,
+        "it started from weights of other training data, which may hold these images: then they are not unseen":
+            {*(config.get("starts") or [])} - {trained_on["train"]["sha256"]},
+        f"{processed} does not hold the data that the run was trained on":
+            there != [found["sha256"] for found in trained_on.values()],
+    }  # fmt: skip
+    return [*read_stats(processed, split.folder).get("notes", []), *(text for text, holds in said.items() if holds)]
 
 
 def number(value: float | None) -> str:

@@ -7,6 +7,7 @@ share under [settings], and a table [rows.<name>] each: `title`, settings, and a
 
 import json
 import math
+import re
 import time
 import tomllib
 from contextlib import nullcontext
@@ -49,9 +50,10 @@ class Job:
 
 def read_plan(path: Path) -> dict:
     """The plan in a TOML file. Raises UserError for names that are unknown, and for values that no setting takes."""
+    content = read_bytes(path)
     try:
-        plan = {"folds": [None], "settings": {}, **tomllib.loads(read_bytes(path).decode())}
-        unknown = [*({*plan} - ALL), *({*plan["settings"]} - ROW)]
+        plan = {"folds": [None], "settings": {}, **tomllib.loads(content.decode())}
+        unknown = [*({*plan} - ALL), *({*plan["settings"]} - (ROW - {"title", "control"}))]
         unknown += [f"{name}.{key}" for name, row in plan["rows"].items() for key in {*row} - (ROW - {"void"})]
         rows = plan["rows"] = {name: plan["settings"] | row for name, row in plan["rows"].items()}
         jobs = jobs_of(plan)
@@ -63,8 +65,10 @@ def read_plan(path: Path) -> dict:
             init, control = row.get("init"), row.get("control")
             if init and init not in list(rows)[:place] and (init in rows or not Path(init).is_file()):
                 raise ValueError(f"{name}.init, which names neither an earlier row nor a file: {init!r}")
-            if control and control not in rows:
-                raise ValueError(f"{name}.control, which names no row: {control!r}")
+            if control and control not in {*rows} - {name}:
+                raise ValueError(f"{name}.control, which names no other row: {control!r}")
+            if not re.fullmatch(r"\w[\w.-]*", name):
+                raise ValueError(f"the row {name!r}, whose name can be no file's")
         for job in jobs:
             with_preset(settings_of(plan, job, Path(), Path()))
         if len({recipe_of(plan, job)["void"] for job in jobs}) > 1:
@@ -104,6 +108,8 @@ def recipe_of(plan: dict, job: Job) -> dict:
         known = given["init"] = recipe_of(plan, start)
     elif init:
         known, given["init"] = checkpoint.read_about(Path(init)), checkpoint.weights_sha256(Path(init))
+    if other := [n for n in INHERITED if n != "void" and known and given.get(n, known[n]) != known[n]]:
+        raise ValueError(f"{job.row}.{other[0]}, which is not that of the network it starts from")
     return whole({name: known[name] for name in INHERITED if known} | given)
 
 
@@ -117,6 +123,7 @@ def whole(recipe: dict) -> dict:
 def data_of(data: Path, fold: int | None) -> dict[str, str]:
     """Fingerprints of what a run is trained and scored on."""
     names = {"trained": training_splits(fold)[0], "scored": scored_split(data, fold)}
+    names |= {"val": "val"} if fold is not None and (data / "stats_val.json").is_file() else {}
     return {use: find_split(data, name).sha256 for use, name in names.items()}
 
 
@@ -162,11 +169,11 @@ def is_trained(run: Path) -> bool:
 
 
 def require(settings: Settings) -> None:
-    """Raise UserError where a run began from other weights than its start has now, or was given more epochs."""
+    """Raise UserError where a run began from other weights than its start has now, or was planned for other epochs."""
     run, init = Path(settings.out), settings.init
-    if (run / checkpoint.CONFIG).is_file():
+    if any((run / name).is_file() for name in (checkpoint.WEIGHTS, checkpoint.STATE)):
         config, now = checkpoint.read_config(run), checkpoint.weights_sha256(Path(init)) if init else None
-        if len(config["cycles"]) > 1 or now != config["init_sha256"]:
+        if config["cycles"] != [with_preset(settings).epochs] or now != config["init_sha256"]:
             raise UserError(f"{run}: expected the training that the plan describes; delete the folder")
 
 
@@ -177,6 +184,7 @@ def score(run: Path, data: Path, fold: int | None, recipe: dict, path: Path) -> 
     (model, about), dataset = trained_model(run), load_split(data, found["split"])
     facts = {key: about[key] for key in ("classes", "people")} | {key: found[key] for key in KEPT}
     facts |= {"recipe": recipe, "data": data_of(data, fold), "scores": headline(found)}
+    facts["notes"] = [found["split_note"], *found["remarks"]]
     facts["val_miou"] = [row["val_miou"] for row in checkpoint.read_history(run)]
     facts |= {key: {name: row[key] for name, row in classes.items()} for key in ("precision", "recall")}
     facts |= {key: value["mean"] for key, value in details.items() if key.startswith("boundary_")}
@@ -212,7 +220,8 @@ def read_results(plan: dict, results: Path, data: dict | None = None) -> dict[Jo
             found[job] = facts, _ = read_result(path)
             there, wanted = facts["recipe"], recipe_of(plan, job)
             other = sorted(key for key in wanted if wanted[key] != there[key])
-            other += ["data"] * (facts["data"] != data.setdefault(job.fold, facts["data"]))
+            made_with = data.setdefault(job.fold, facts["data"])
+            other += ["data"] * any(facts["data"].get(use, sha256) != sha256 for use, sha256 in made_with.items())
             if other:
                 raise UserError(f"{path}: was made with other {', '.join(other)}; delete it and the run's folder")
     return found
@@ -239,6 +248,7 @@ def summarise(plan: dict, results: Path) -> dict:
             rows[name][f"{key}_against_control"] = verdict
     summary = {key: plan[key] for key in ("name", "precision", "folds")} | {"people": people, "rows": rows}
     sessions = [facts | {"size": "x".join(map(str, facts["size"]))} for facts, _ in done.values()]
+    summary["notes"] = [*dict.fromkeys(note for facts, _ in done.values() for note in facts.get("notes", []))]
     summary["context"] = {key: joined(sessions, key) for key in ("size", "device", "torch", "commit")}
     write_json(results / "summary.json", summary)
     return summary
@@ -289,4 +299,4 @@ def plan_table(summary: dict) -> str:
         lines.append(f"{row['title'][:43]:<44}{row['runs']:>5}" + "".join(f"{cell:>18}" for cell in cells))
         start = f"    against {row['control']}"
         lines += [verdict_line(start, row[key]) for key in row if key.endswith("_against_control")]
-    return "\n".join(lines)
+    return "\n".join(lines + summary["notes"])
