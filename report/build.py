@@ -300,7 +300,7 @@ def draw_street(home: Path) -> plots.Figure:
         model, about = trained_model(home / stage)
         pred = predict(model, image, (about["width"], about["height"]))
         pictures[title] = class_set.paint(np.where(mask == IGNORE_INDEX, mask, pred))
-    return plots.panels([list(pictures.values())], list(pictures), class_set)
+    return plots.gallery(pictures, class_set)
 
 
 def main() -> int:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from unetseg import augment
-from unetseg.augment import AUGMENTATIONS, Source, basic, epoch_draws, occlude, warp
+from unetseg.augment import AUGMENTATIONS, Source, basic, epoch_draws, occlude
 
 N, H, W = 6, 24, 32
 
@@ -57,15 +57,6 @@ def test_centred_windows_show_the_instance(scene):
         assert (basic(images, masks, found, source, centred=1.0)[1] == 1).flatten(1).any(dim=1).all()
     far = draws("basic", 0, zoom=0.99, shift_x=0.0, shift_y=0.0, flip=0.9)
     assert not (basic(images, masks, far, source, centred=0.0)[1] == 1).any()
-
-
-def test_flipping_twice_changes_nothing(scene):
-    images, masks = scene
-    flip = torch.tensor([[-1.0, 0, 0], [0, 1.0, 0]]).expand(N, 2, 3)
-    once, once_masks = warp(images, masks, flip)
-    assert (once_masks == masks.flip(-1)).all() and torch.allclose(once, images.flip(-1), atol=1e-5)
-    twice, twice_masks = warp(once, once_masks, flip)
-    assert (twice_masks == masks).all() and torch.allclose(twice, images, atol=1e-5)
 
 
 def test_void_stays_void(scene):

@@ -16,7 +16,7 @@ SITTING += ["train", "run", "checkpoint", "distributed", "device"]
 AROUND = ["__init__", "__main__", "images", "inference", "tracking", "plots", "files"]
 BUDGETS = {  # lines, docstrings and comments included, blank ones not
     "the sitting": ([f"unetseg/{name}.py" for name in SITTING], 1639),
-    "around it": ([f"unetseg/{name}.py" for name in AROUND], 946),
+    "around it": ([f"unetseg/{name}.py" for name in AROUND], 960),
     "evaluation": (["unetseg/evaluation/*.py"], 724),
     "show": (["unetseg/show/*.py"], 392),
     "tools": (["unetseg/tools/*.py"], 1966),

@@ -49,6 +49,22 @@ def panels(rows: list[list[np.ndarray]], titles: list[str], class_set: ClassSet,
     return figure
 
 
+def gallery(pictures: dict[str, np.ndarray], class_set: ClassSet, columns: int = 3) -> Figure:
+    """Titled pictures (H, W, 3) uint8 of one size, a legend of the classes at the top right."""
+    height, width = next(iter(pictures.values())).shape[:2]
+    rows = len(pictures) // columns + 1
+    figure = Figure(figsize=(WIDTH, WIDTH / columns * height / width * rows + 0.3 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns).flat)
+    for ax in axes:
+        ax.axis("off")
+    for ax, (title, picture) in zip(axes[: columns - 1] + axes[columns:], pictures.items()):
+        ax.imshow(picture)
+        ax.set_title(title, fontsize=9)
+    handles = [Patch(color=colour / 255, label=name) for name, colour in zip(class_set.names, class_set.colours)]
+    axes[columns - 1].legend(handles=handles, loc="center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
 def class_distribution(class_set: ClassSet, shares: dict[str, np.ndarray], title: str = "") -> Figure:
     """Bars of each class's share of the pixels; shares: label of a group of bars -> (C + 1,) in [0, 1], void last."""
     names, colours = [*class_set.names, "void"], np.vstack([class_set.colours, np.zeros((1, 3))]) / 255
