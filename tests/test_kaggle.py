@@ -257,9 +257,8 @@ def test_without_the_secret_runs_are_offline(mounts, monkeypatch, capsys):
 @pytest.mark.parametrize("folder", ["from_scratch", "weighted_ce", "ce_dice"])
 def test_the_kaggle_package_accepts_the_metadata(folder, monkeypatch, tmp_path, capsys):
     """Its own checks, up to the call that would go to the server."""
-    monkeypatch.setenv("KAGGLE_USERNAME", "USERNAME")
-    monkeypatch.setenv("KAGGLE_KEY", "0" * 32)
-    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in (("KAGGLE_USERNAME", "USERNAME"), ("KAGGLE_KEY", "0" * 32), ("HOME", str(tmp_path))):
+        monkeypatch.setenv(name, value)
     from kaggle.api.kaggle_api_extended import KaggleApi
 
     api, client = KaggleApi(), MagicMock()
@@ -271,8 +270,7 @@ def test_the_kaggle_package_accepts_the_metadata(folder, monkeypatch, tmp_path, 
     assert "does not resolve" not in capsys.readouterr().out
     assert request.machine_shape == "NvidiaTeslaT4" and request.enable_gpu and request.enable_internet
     assert request.is_private and request.dataset_data_sources == ["USERNAME/unetseg", "USERNAME/street-scenes"]
-    pushed = nbformat.reads(request.text, as_version=4)
-    assert "run.train" in "".join(cell.source for cell in pushed.cells)
+    assert "run.train" in "".join(cell.source for cell in nbformat.reads(request.text, as_version=4).cells)
     slugs = {json.loads(path.read_text())["id"] for path in (ROOT / "kaggle").glob("*/*-metadata.json")}
     assert {*request.dataset_data_sources, *request.kernel_data_sources} <= slugs
 

@@ -252,6 +252,15 @@ def test_files_of_others_are_never_removed_or_replaced(raw, tmp_path, capsys):
     assert "was not made by preprocessing; move it away" in capsys.readouterr().err and there.read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["images_processed", "masks_processed/train", "visualizations", ".unfinished"])
+def test_a_link_into_another_folder_is_not_followed(raw, tmp_path, capsys, name):
+    link = tmp_path / "out" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "users")
+    assert process(raw, tmp_path / "out", "--size", "32") == 1 and not (tmp_path / "users").exists()
+    assert "expected a folder of its own, found a link" in capsys.readouterr().err
+
+
 def test_a_folder_of_another_version_is_refused(raw, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "stats_train.json").write_text(json.dumps({"layout": "cityscapes", "files": {}}))

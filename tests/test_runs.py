@@ -177,8 +177,7 @@ def test_a_starting_run_that_trains_on_is_said(home, processed, capsys):
     edit(home / "ce_dice", settings=config(home / "ce_dice")["settings"] | {"init": str(home / "scratch")})
     tune = ["--init", home / "scratch", "--epochs", "3", "--precision", "fp32"]
     assert command("train", "ce_dice", "--data", processed, "--out", home / "ce_dice", *tune) == 0
-    said = capsys.readouterr().err
-    assert "has changed since this run began, which goes on from its own" in said
+    assert "has changed since this run began, which goes on from its own" in capsys.readouterr().err
 
 
 def test_an_unfinished_start_and_another_void_rule_are_said(home, processed, capsys):

@@ -272,7 +272,11 @@ def read_made(out: Path, split: str, recipe: Recipe) -> list[Record]:
 
 
 def check_output(out: Path, data_set: DataSet) -> None:
-    """Raise UserError when the output folder holds splits of another source or version."""
+    """Raise UserError when the output folder holds another source's splits, or leads elsewhere by a link."""
+    for folder in (UNFINISHED, "visualizations", *(f"{kind}_processed" for kind in ("images", "masks"))):
+        for path in (out / folder, *(out / folder).glob("*")):
+            if path.is_symlink():  # into which no file can be moved, where it leads to another disk
+                raise UserError(f"{path}: expected a folder of its own, found a link; use another --output_dir")
     made = sorted(out.glob("stats_*.json"))
     for path in made:
         if read_json(path).get("format") != FORMAT:
