@@ -80,6 +80,12 @@ def test_the_committed_report_says_what_the_verdicts_say():
                 assert build.sentence(row, plan["rows"]) in text
 
 
+def test_the_confusion_matrix_follows_the_void_rule_of_the_training():
+    results = {"trained_void": "background", "rules": {"background": {"classes": ["a", "b"]}}}
+    figure = plots.confusion_matrix(results | {"confusion": [[3, 1], [0, 4], [6, 0]]})
+    assert [text.get_text() for text in figure.axes[0].texts] == ["90", "10", "0", "100"]
+
+
 def test_figures_are_drawn_for_many_classes(tmp_path):
     rng, class_set = np.random.default_rng(0), CLASS_SETS["cityscapes19"]
     names, painted = class_set.names, class_set.paint(rng.integers(0, 19, (8, 16)))

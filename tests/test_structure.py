@@ -15,7 +15,7 @@ SITTING = ["settings", "classes", "processed", "data", "augment", "losses", "mod
 SITTING += ["train", "run", "checkpoint", "distributed", "device"]
 AROUND = ["__init__", "__main__", "images", "inference", "tracking", "plots", "files"]
 BUDGETS = {  # lines, docstrings and comments included, blank ones not
-    "the sitting": ([f"unetseg/{name}.py" for name in SITTING], 1640),
+    "the sitting": ([f"unetseg/{name}.py" for name in SITTING], 1609),
     "around it": ([f"unetseg/{name}.py" for name in AROUND], 960),
     "evaluation": (["unetseg/evaluation/*.py"], 724),
     "show": (["unetseg/show/*.py"], 392),

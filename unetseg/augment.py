@@ -9,7 +9,7 @@ sample looks like depends on (seed, epoch, i) alone, not on its batch, process o
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ TEXTURES = ("flat", "metallic", "noise", "patch")
 GRAINS = 6  # squares of noise are 1, 2, 4, ... 32 pixels wide
 
 
-@dataclass
-class Source:
+class Source(NamedTuple):
     """Of a batch: instances that may be aimed at, boxes (N, K, 4) float x0, y0, x1, y1 in pixels, num_boxes (N,) of
     them real, and donor_images, a function of (N,) numbers in [0, 1) -> other images (N, 3, H, W) of the data set."""
 
@@ -99,13 +98,12 @@ def warp(images: Tensor, masks: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
 
 def recolour(images: Tensor, draws: dict) -> Tensor:
     """Scale brightness, contrast (about the image's mean), saturation by up to 30 %, as one 3x3 matrix and offset."""
-    brightness, contrast, saturation = (between(draws[k], 0.7, 1.3) for k in ("brightness", "contrast", "saturation"))
-    gain = brightness * contrast
-    offset = (1 - contrast) * brightness * images.mean(dim=(1, 2, 3))
+    names = "brightness", "contrast", "saturation"
+    brightness, contrast, saturation = (between(draws[name], 0.7, 1.3)[:, None, None] for name in names)  # (N, 1, 1)
+    offset = (1 - contrast) * brightness * images.mean(dim=(1, 2, 3))[:, None, None]
     grey, identity = images.new_full((3, 3), 1 / 3), torch.eye(3, dtype=images.dtype, device=images.device)
-    saturation = saturation[:, None, None]
-    matrix = gain[:, None, None] * (saturation * identity + (1 - saturation) * grey)  # (N, 3, 3)
-    return torch.baddbmm(offset[:, None, None], matrix, images.flatten(2)).view_as(images).clamp_(0, 1)
+    matrix = brightness * contrast * (saturation * identity + (1 - saturation) * grey)  # (N, 3, 3)
+    return torch.baddbmm(offset, matrix, images.flatten(2)).view_as(images).clamp_(0, 1)
 
 
 @augmentation("apply aim instance x y width height texture red green blue donor roll_x roll_y grain")
@@ -132,7 +130,7 @@ def occlude(
     height, width = images.shape[-2:]
     ys = torch.arange(height, device=images.device)[None, :, None]  # (1, H, 1)
     xs = torch.arange(width, device=images.device)[None, None, :]  # (1, 1, W)
-    x0, y0, x1, y1 = _rectangles(draws, source, aimed, occluder_size, images.shape[-2:])[..., None, None]
+    x0, x1, y0, y1 = _rectangles(draws, source, aimed, occluder_size, images.shape[-2:])[..., None, None]
     covered = (xs >= x0) & (xs < x1) & (ys >= y0) & (ys < y1)  # (N, H, W)
     covered &= (draws["apply"] < occlusion)[:, None, None]
     texture = _texture(draws, source.donor_images(draws["donor"]), ys, xs)
@@ -141,7 +139,7 @@ def occlude(
 
 
 def _rectangles(draws: dict, source: Source, aimed: float, largest: float, shape: tuple[int, int]) -> Tensor:
-    """(4, N) x0, y0, x1, y1: 0.1 to `largest` times the image's sides, or 0.4 to 1 times those of an instance."""
+    """(4, N) x0, x1, y0, y1: 0.1 to `largest` times the image's sides, or 0.4 to 1 times those of an instance."""
     box = _instance(draws, source)
     on_instance = (draws["aim"] < aimed) & (source.num_boxes > 0)
     corners = []
@@ -151,8 +149,7 @@ def _rectangles(draws: dict, source: Source, aimed: float, largest: float, shape
         share = torch.where(on_instance, between(draws[extent], 0.4, 1.0), between(draws[extent], 0.1, largest))
         start = low + draws[shift] * span * (1 - share)
         corners += [start, start + share * span]
-    x0, x1, y0, y1 = corners
-    return torch.stack([x0, y0, x1, y1])
+    return torch.stack(corners)
 
 
 def _texture(draws: dict, donor_images: Tensor, ys: Tensor, xs: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ import json
 import reprlib
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import nn

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 IGNORE_INDEX = 255  # void: in no loss and no score under the void rule "ignore"
-VOID_RULES = ("ignore", "background")
 PEOPLE = ("person", "rider", "pedestrian", "bicyclist")  # of a class file that does not say who its people are
 
 
@@ -46,7 +45,7 @@ class ClassSet:
     @property
     def void_rules(self) -> tuple[str, ...]:
         """The void rules that make sense here: "background" needs a background class to put void into."""
-        return VOID_RULES if self.names[0] == "background" else VOID_RULES[:1]
+        return ("ignore", "background") if self.names[0] == "background" else ("ignore",)
 
     def facts(self) -> dict:
         """What statistics, runs and results keep of it, for `stored`."""

@@ -57,18 +57,15 @@ class SegmentationSet:
 
 
 def load_split(processed: Path, name: str, void: str = "ignore") -> SegmentationSet:
-    """Read "train", "val", "test" or "val_all" of the processed folder into memory, with a thread per core.
-
-    Raises UserError naming every file that is missing, damaged, or not the one that preprocessing wrote.
-    """
+    """Read "train", "val", "test" or "val_all" of the processed folder into memory, with a thread per core. Raises
+    UserError naming every file that is missing, damaged, or not the one that preprocessing wrote."""
     split = find_split(processed, name)
     stats = read_stats(processed, split.folder)
-    class_set, (width, height), number = stored(stats), stats["size"], len(split.checked)
-    stems = list(split.checked)
+    class_set, (width, height), stems = stored(stats), stats["size"], list(split.checked)
     if void not in class_set.void_rules:
         raise SettingsError(f"void: expected {class_set.void_rules[0]} for {class_set.name}, found {void!r}")
-    images, masks = np.empty((number, height, width, 3), np.uint8), np.empty((number, height, width), np.uint8)
-    num_pixels = np.empty((number, len(class_set) + 1), np.int64)
+    images, masks = np.empty((len(stems), height, width, 3), np.uint8), np.empty((len(stems), height, width), np.uint8)
+    num_pixels = np.empty((len(stems), len(class_set) + 1), np.int64)
 
     def read(row: int) -> str:
         """Fill a row; returns what is wrong with its files, or ""."""
@@ -81,7 +78,7 @@ def load_split(processed: Path, name: str, void: str = "ignore") -> Segmentation
         return "" if crc32 == split.checked[stem] else f"{split.folder}/{stem}: not the pair that preprocessing wrote"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = tqdm(pool.map(read, range(number)), f"reading {name}", number, unit="img", leave=False, delay=1)
+        rows = tqdm(pool.map(read, range(len(stems))), f"reading {name}", len(stems), unit="img", leave=False, delay=1)
         if problems := [problem for problem in rows if problem]:
             raise UserError("\n".join([f"{processed}: {len(problems)} unusable; rerun preprocessing:", *problems]))
     if void == "background":

@@ -19,10 +19,8 @@ or compute on the CPU on purpose: set CUDA_VISIBLE_DEVICES to an empty text befo
 
 
 def pick_device() -> torch.device:
-    """The GPU (of several, this process's own), or the CPU where there is none.
-
-    Raises UserError for a GPU that this build of PyTorch cannot compute on; `torch.cuda.is_available()` is true then.
-    """
+    """The GPU (of several, this process's own), or the CPU where there is none. Raises UserError for a GPU that this
+    build of PyTorch cannot compute on; `torch.cuda.is_available()` is true then."""
     if torch.cuda.is_available():
         require_kernels(torch.cuda.current_device())
         return torch.device("cuda")

@@ -8,15 +8,12 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from .files import UserError
-
-Value = TypeVar("Value")
 
 
 def launched() -> bool:
@@ -80,7 +77,7 @@ def average_(vector: Tensor, weight: int) -> None:
         vector.copy_(total[:-1] / total[-1])
 
 
-def from_first(make: Callable[[], Value]) -> Value:
+def from_first(make: Callable[[], object]) -> object:
     """What `make` returns or raises in the first process, for all of them."""
     if world() == 1:
         return make()

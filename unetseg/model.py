@@ -12,9 +12,8 @@ from .settings import named_by
 class UNet(nn.Module):
     """A U-Net that returns logits at the input's own size.
 
-    num_classes  C of the logits
-    channels     width of the first level; each level down doubles it
-    depth        number of downsamplings; 64/3 is the published network with 7.7 M parameters, 64/4 the one with 31 M
+    channels  width of the first level; each level down doubles it
+    depth     number of downsamplings; 64/3 is the published network with 7.7 M parameters, 64/4 the one with 31 M
     After Ronneberger et al., "U-Net", MICCAI 2015, with padded convolutions and batch normalisation (Ioffe & Szegedy,
     2015), weights drawn as in He et al., ICCV 2015.
     """

@@ -99,13 +99,12 @@ def find_split(processed: Path, name: str) -> Split:
         held, kept, timed = hold_out(stems, int(fold[2]), FOLDS) if fold else hold_out(stems, 0, 5)
         share = f"fold {fold[2]} of {FOLDS}" if fold else "no val split, so a fifth of train is held out as val"
         how = f"whole stretches of time, {GAP} s apart from training" if timed else "at random"
-        number, stems = len(stems), kept if name == "train" or name.startswith("not") else held
-        note = f"{len(stems)} of {number} train images: {share} ({how})"
+        stems = kept if name == "train" or name.startswith("not") else held
+        note = f"{len(stems)} of {len(files)} train images: {share} ({how})"
     elif halved and name in ("val", "test"):
         shuffled, num_val = np.random.RandomState(42).permutation(len(stems)), -(-len(stems) // 2)
-        half = shuffled[:num_val] if name == "val" else shuffled[num_val:]
-        note = f"{len(half)} of the {len(stems)} val images"
-        stems = [stems[place] for place in half]
+        stems = [stems[place] for place in (shuffled[:num_val] if name == "val" else shuffled[num_val:])]
+        note = f"{len(stems)} of the {len(files)} val images"
     if not stems:
         raise NoSplit(f"{processed}: too few images for the split {name!r}; found {len(files)} in {folder}")
     return Split(name, folder, {stem: files[stem]["crc32"] for stem in stems}, note)
@@ -141,16 +140,13 @@ def pair_paths(processed: Path, folder: str, stem: str) -> tuple[Path, Path]:
 
 def read_pair(processed: Path, folder: str, stem: str, num_classes: int, size: tuple[int, int]) -> tuple:
     """Image (H, W, 3) uint8, mask (H, W) uint8, pixels per class with void last (C + 1,) int64, and their CRC-32.
-
-    Raises UserError naming a file that is damaged or has another shape, type or range.
-    """
+    Raises UserError naming a file that is damaged or has another shape, type or range."""
     image_path, mask_path = pair_paths(processed, folder, stem)
     image, mask = read_image(image_path, (*size[::-1], 3)), read_png(mask_path, "L")
     if mask.shape != size[::-1]:
         raise UserError(f"{mask_path}: expected {size[::-1]}, found {mask.shape}")
     counts = cv2.calcHist([mask], [0], None, [256], [0, 256]).ravel().astype(np.int64)
-    bad = sorted({*np.flatnonzero(counts).tolist()} - {*range(num_classes), IGNORE_INDEX})
-    if bad:
+    if bad := sorted({*np.flatnonzero(counts).tolist()} - {*range(num_classes), IGNORE_INDEX}):
         raise UserError(f"{mask_path}: expected values 0..{num_classes - 1} or {IGNORE_INDEX}, found {bad}")
     return image, mask, np.append(counts[:num_classes], counts[IGNORE_INDEX]), checksum(image, mask)
 
@@ -159,12 +155,11 @@ def read_image(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """A stored image as k (H, W, 3) uint8, from k itself or from k/255 in a float dtype. Raises UserError."""
     content = io.BytesIO(read_bytes(path, most=4 * math.prod(shape) + 4096))
     try:
-        stored = np.load(content, allow_pickle=False)
-        found = stored.shape, stored.dtype.name
+        stored = np.lib.format.read_array(content, allow_pickle=False)
     except Exception as error:  # NumPy has no common base class for the errors of damaged files
         raise UserError(f"{path}: expected an array that preprocessing wrote, found {error}; rerun it") from None
-    if found[0] != shape or found[1] not in ("uint8", "float16", "float32"):
-        raise UserError(f"{path}: expected {shape} float32, float16 or uint8, found {found[0]} {found[1]}")
+    if stored.shape != shape or stored.dtype.name not in ("uint8", "float16", "float32"):
+        raise UserError(f"{path}: expected {shape} float32, float16 or uint8, found {stored.shape} {stored.dtype.name}")
     if stored.dtype == np.uint8:
         return np.ascontiguousarray(stored)
     if not (stored.min() >= 0 and stored.max() <= 1):  # also true for NaN

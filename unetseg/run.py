@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -72,15 +71,13 @@ def train(
 
 def resolve(settings: Settings) -> Settings:
     """The settings with every None filled in: from the preset, from `init`, or by default. Raises SettingsError."""
-    settings, known = with_preset(settings), INHERITED
+    settings, known = with_preset(settings), INHERITED | {"num_processes": 1}
     if settings.init is not None:
         about = checkpoint.read_about(Path(settings.init))
-        known = {name: about[name] for name in INHERITED}
+        known |= {name: about[name] for name in INHERITED}
         for name in ("model", "channels", "depth"):
-            if getattr(settings, name) not in (None, known[name]):
-                found = getattr(settings, name)
+            if (found := getattr(settings, name)) not in (None, known[name]):
                 raise SettingsError(f"{name}: expected {known[name]} as in {settings.init}, found {found}")
-    known = known | {"num_processes": 1}
     return replace(settings, **{name: value for name, value in known.items() if getattr(settings, name) is None})
 
 
@@ -168,8 +165,7 @@ def loss_function(settings: Settings, train_set: SegmentationSet, device: torch.
     function, weights = LOSSES[settings.loss], None
     if settings.weighting != "none":
         weights = torch.from_numpy(class_weights(train_set.num_pixels, settings.weighting)).float().to(device)
-    knobs = named_by(function, vars(settings))
-    return partial(function, class_weights=weights, all_sum=distributed.all_sum, **knobs)
+    return partial(function, class_weights=weights, all_sum=distributed.all_sum, **named_by(function, vars(settings)))
 
 
 def summary(history: list[dict]) -> str:
@@ -191,16 +187,15 @@ def launch(settings: Settings, config: dict, log: Callable | None, show: Callabl
     options = {"stdout": subprocess.DEVNULL, "start_new_session": True, "preexec_fn": end_with_parent}
     child = subprocess.Popen(command, env=environment | ({"TQDM_DISABLE": "1"} if show else {}), **options)
     try:
-        ended = False
-        while not ended:
-            ended = child.poll() is not None  # before the last look
-            history = checkpoint.read_history(run)
+        while child.returncode is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(0.2)
+            history = checkpoint.read_history(run)  # a last time when it has ended
             new, seen = history[seen:], len(history)
             for row in new if log else ():
                 log(row)
             if show and new:
                 show(history)
-            time.sleep(0 if ended else 0.2)
     except KeyboardInterrupt:  # which has not reached torchrun, in a session of its own
         child.send_signal(signal.SIGINT)  # once: it passes it on, and waits thirty seconds for the save
         child.wait()

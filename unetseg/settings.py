@@ -1,9 +1,9 @@
 """Every knob of a run, declared once, and the presets. Flags, checks and notebooks follow from this table."""
 
 import argparse
-import importlib
 import inspect
 import math
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -24,7 +24,6 @@ PRESETS = {  # a stage is a loss x an augmentation x a starting point; the two f
     "published": PUBLISHED,  # the recipe of the earlier published version
 }
 TITLES = {"scratch": "from scratch, CE", "weighted_ce": "weighted CE + occlusion", "ce_dice": "CE + Dice + occlusion"}
-FINE_TUNINGS = ("weighted_ce", "ce_dice")
 GROUPS = {"data": "data and folders", "epochs": "schedule", "model": "network", "void": "loss"}  # from a setting on
 GROUPS |= {"augment": "augmentation", "precision": "machine and log"}
 INHERITED = {"model": "context_unet", "channels": 32, "depth": 4, "void": "ignore"}  # from `init`, or these defaults
@@ -36,7 +35,7 @@ class SettingsError(UserError):
 
 
 def knob(default: object, text: str, *, choices: tuple | str = (), low: float = -math.inf, high: float = math.inf):
-    """A setting: default (None: from the preset or `init`), help, names (or "module.REGISTRY") or range."""
+    """A setting: default (None: from the preset or `init`), help, names (or "module:REGISTRY") or range."""
     return field(default=default, metadata={"help": text, "choices": choices, "low": low, "high": high})
 
 
@@ -54,17 +53,17 @@ class Settings:
     half_size: float | None = knob(None, "first share of the epochs, at half the image size", low=0, high=1)
     lr: float | None = knob(None, "learning rate, the peak of one_cycle", low=1e-12, high=100)
     schedule: str | None = knob(None, "learning rate over time", choices=("one_cycle", "constant"))
-    optimizer: str | None = knob(None, "optimiser", choices="optimizers.OPTIMIZERS")
+    optimizer: str | None = knob(None, "optimiser", choices="optimizers:OPTIMIZERS")
     weight_decay: float | None = knob(None, "decoupled weight decay", low=0, high=10)
     seed: int = knob(0, "seed of weights, sample order and augmentation", low=0, high=2**32 - 1)
-    model: str | None = knob(None, "network", choices="model.MODELS")
+    model: str | None = knob(None, "network", choices="model:MODELS")
     channels: int | None = knob(None, "width of the first level", low=1, high=1024)
     depth: int | None = knob(None, "number of downsamplings", low=1, high=8)
     void: str | None = knob(None, "void pixels: ignore, or count as background", choices=("ignore", "background"))
-    loss: str | None = knob(None, "loss function", choices="losses.LOSSES")
-    weighting: str | None = knob(None, "class weights from pixel frequencies", choices="data.WEIGHTINGS")
+    loss: str | None = knob(None, "loss function", choices="losses:LOSSES")
+    weighting: str | None = knob(None, "class weights from pixel frequencies", choices="data:WEIGHTINGS")
     dice_share: float = knob(0.5, "share of Dice in ce_dice; the rest is cross-entropy", low=0, high=1)
-    augment: tuple[str, ...] | None = knob(None, "augmentations, in order", choices="augment.AUGMENTATIONS")
+    augment: tuple[str, ...] | None = knob(None, "augmentations, in order", choices="augment:AUGMENTATIONS")
     centred: float = knob(0.5, "share of images with an instance near their middle", low=0, high=1)
     occlusion: float | None = knob(None, "share of images with an occluder", low=0, high=1)
     aimed: float = knob(0.5, "share of occluders placed on an instance", low=0, high=1)
@@ -96,10 +95,7 @@ def kind(name: str) -> type:
 def choices_of(name: str) -> tuple[str, ...]:
     """The names that a setting allows; empty where it allows any."""
     choices = KNOBS[name].metadata["choices"]
-    if isinstance(choices, str):
-        module, registry = choices.split(".")
-        choices = tuple(getattr(importlib.import_module(f".{module}", __package__), registry))
-    return choices
+    return tuple(pkgutil.resolve_name(f"{__package__}.{choices}")) if isinstance(choices, str) else choices
 
 
 def check(settings: Settings) -> Settings:
@@ -108,9 +104,8 @@ def check(settings: Settings) -> Settings:
         value, type_, choices = getattr(settings, name), kind(name), choices_of(name)
         low, high = declared.metadata["low"], declared.metadata["high"]
         if type_ in (int, float):
-            good = isinstance(value, int if type_ is int else (int, float)) and not isinstance(value, bool)
-            good, expected = good and low <= value <= high, f"{'a whole' if type_ is int else 'a'} number"
-            expected += f" from {low:g} to {high:g}" if low > -math.inf else ""
+            good = isinstance(value, type_ | int) and not isinstance(value, bool) and low <= value <= high
+            expected = f"a {'whole ' * (type_ is int)}number from {low:g} to {high:g}"
         elif type_ is bool:
             good, expected = isinstance(value, bool), "True or False, without quotes"
         else:
@@ -125,10 +120,9 @@ def check(settings: Settings) -> Settings:
 
 def with_preset(settings: Settings) -> Settings:
     """Checked settings, with the preset's values where they are None. Raises SettingsError."""
-    if check(settings).stage in FINE_TUNINGS and settings.init is None:
+    if check(settings).stage in ("weighted_ce", "ce_dice") and settings.init is None:
         raise SettingsError(f"{settings.stage} is a fine-tuning: name the run or weights it starts from with --init")
-    preset = PRESETS[settings.stage].items()
-    return replace(settings, **{name: value for name, value in preset if getattr(settings, name) is None})
+    return replace(settings, **{k: v for k, v in PRESETS[settings.stage].items() if getattr(settings, k) is None})
 
 
 def complete(stored: dict) -> dict:
@@ -156,7 +150,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default = INHERITED.get(name, declared.default)
         values = [default] if default is not None else [preset[name] for preset in PRESETS.values() if name in preset]
         default = ", ".join(dict.fromkeys(" ".join(v) if kind(name) is tuple else str(v) for v in values))
-        text += f"; a name in {choices.replace('.', '.py, ')}" if isinstance(choices, str) else ""
+        text += f"; a name in {choices.replace(':', '.py, ')}" if isinstance(choices, str) else ""
         text += f" ({default})" if default else ""
         allowed = choices if choices and not isinstance(choices, str) else None
         options = {"nargs": "*"} if kind(name) is tuple else {"type": kind(name), "choices": allowed}

@@ -12,8 +12,8 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -98,17 +98,15 @@ class State:
         self.model = model.to(memory_format=torch.channels_last)
         network = distributed.wrap(self.model)
         self.network = torch.compile(network, dynamic=False) if settings["compile"] else network
-        decay = {"weight_decay": settings["weight_decay"]}
-        optimizer = OPTIMIZERS[settings["optimizer"]]
-        self.optimizer = optimizer(self.model.parameters(), lr=self.lr, fused=True, **decay)
+        make = OPTIMIZERS[settings["optimizer"]]
+        self.optimizer = make(self.model.parameters(), lr=self.lr, weight_decay=settings["weight_decay"], fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.average = AveragedModel(self.model, use_buffers=True)
         statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]  # of BatchNorm
         self.statistics = parameters_to_vector(statistics or [torch.empty(0, device=self.device)])
         vector_to_parameters(self.statistics, statistics)  # they become views of the one vector
         self.saved, self.cost = time.monotonic(), 0.0
-        zero = {"history": [], "step": 0, "seconds": 0.0, "confusion": None}
-        zero |= {"sums": torch.zeros(4, dtype=torch.float64)}
+        zero = {"history": [], "step": 0, "seconds": 0.0, "confusion": None, "sums": torch.zeros(4).double()}
         saved = distributed.from_first(lambda: checkpoint.load_state(run, config)) or zero
         self.history, self.step, self.seconds, self.confusion, self.sums = (saved[key] for key in zero)
         self.sums = self.sums.to(self.device)
@@ -204,9 +202,8 @@ def fit(
     """
     num_epochs, size, batch_size = state.config["cycles"][-1], len(train_batches.dataset), train_batches.batch_size
     done = len(state.history) * size + min(state.step * batch_size, size)
-    options = {"total": num_epochs * size, "initial": done, "unit": "img", "mininterval": 1}
-    options |= {"disable": True} if show else {}  # else TQDM_DISABLE decides
-    bar = tqdm(desc=state.run.name, **options)
+    hidden = {"disable": True} if show else {}  # else TQDM_DISABLE decides
+    bar = tqdm(desc=state.run.name, total=num_epochs * size, initial=done, unit="img", mininterval=1, **hidden)
     with state.stopper.listening(), bar:
         try:
             while state.epoch <= num_epochs:
@@ -270,8 +267,7 @@ def forward(network: nn.Module, images: Tensor, precision: str) -> Tensor | list
     return outputs.float() if isinstance(outputs, Tensor) else [logits.float() for logits in outputs]
 
 
-@dataclass
-class Evaluation:
+class Evaluation(NamedTuple):
     """One pass over a split: mean loss per image, and the confusion matrix of each image, (N, C + 1, C) int64."""
 
     loss: float
@@ -324,7 +320,6 @@ def history_row(state: State, result: Evaluation) -> dict:
     usual = 5 if state.precision == "fp16" else 0  # it now and then tries a larger loss scale
     for concern, found in (
         (f"{skipped:.0f} steps were skipped because loss or gradient was not finite", skipped > usual),
-        (f"the val loss is {result.loss}", not math.isfinite(result.loss)),
         (f"{share.max():.1%} of the predictions are {names[share.argmax()]}: it collapsed", share.max() > COLLAPSED),
     ):
         if found:
