@@ -11,18 +11,15 @@ SEVEN |= {"person": [24, 25], "vegetation": [21], "sky": [23]}
 
 def test_cityscapes19_is_the_official_table():
     class_set = CLASS_SETS["cityscapes19"]
-    seen = 0
-    for label in official:
-        if label.id < 0:
-            continue
-        seen += 1
+    labels = [label for label in official if label.id >= 0]
+    for label in labels:
         assert class_set.known[label.id]
         train_id = label.trainId if 0 <= label.trainId < 19 else IGNORE_INDEX
         assert class_set.lookup[label.id] == train_id
         if train_id != IGNORE_INDEX:
             assert tuple(class_set.colours[train_id]) == label.color
             assert class_set.names[train_id] == label.name.replace(" ", "_")
-    assert seen == 34 == class_set.known.sum()
+    assert len(labels) == 34 == class_set.known.sum()
 
 
 def test_cityscapes7_groups_every_id_once():
@@ -38,8 +35,7 @@ def test_cityscapes7_groups_every_id_once():
 ])  # fmt: skip
 def test_camvid_tables(name, lookup):
     class_set = CLASS_SETS[name]
-    assert class_set.lookup[:12].tolist() == lookup
-    assert class_set.known.sum() == 12
+    assert class_set.lookup[:12].tolist() == lookup and class_set.known.sum() == 12
 
 
 def test_only_sets_with_a_background_have_the_background_rule():
