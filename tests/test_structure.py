@@ -16,9 +16,9 @@ SITTING += ["train", "run", "checkpoint", "distributed", "device"]
 AROUND = ["__init__", "__main__", "images", "inference", "tracking", "plots", "files"]
 BUDGETS = {  # lines, docstrings and comments included, blank ones not
     "the sitting": ([f"unetseg/{name}.py" for name in SITTING], 1609),
-    "around it": ([f"unetseg/{name}.py" for name in AROUND], 960),
-    "evaluation": (["unetseg/evaluation/*.py"], 724),
-    "show": (["unetseg/show/*.py"], 392),
+    "around it": ([f"unetseg/{name}.py" for name in AROUND], 936),
+    "evaluation": (["unetseg/evaluation/*.py"], 711),
+    "show": (["unetseg/show/*.py"], 378),
     "tools": (["unetseg/tools/*.py"], 1980),
     "notebooks": (["notebooks/*.py"], 300),
     "the script": (["preprocessing/*.py"], 20),

@@ -102,7 +102,7 @@ def say(text: str) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
 
 
-def train(args: argparse.Namespace) -> int:
+def train(args: argparse.Namespace) -> None:
     from . import checkpoint, run
 
     given = {name: getattr(args, name) for name in KNOBS if getattr(args, name, None) is not None}
@@ -111,20 +111,18 @@ def train(args: argparse.Namespace) -> int:
     elif {"WANDB_SWEEP_ID", "WANDB_RUN_ID"} <= os.environ.keys():  # each trial of a sweep has a folder of its own
         given["out"] = Path(given["out"], os.environ["WANDB_RUN_ID"])
     say(f"{run.summary(run.train(Settings(**given)))}; see {given['out']}")
-    return 0
 
 
-def scenes(args: argparse.Namespace) -> int:
+def scenes(args: argparse.Namespace) -> None:
     from .tools.scenes import draw_dataset
 
     draw_dataset(args.out, {"train": args.train, "val": args.val}, args.size, args.seed)
     train, val = (len([*args.out.glob(f"leftImg8bit/{split}/drawn/*.png")]) for split in ("train", "val"))
     say(f"{train} train and {val} val scenes of {args.size[0]}x{args.size[1]}, seed {args.seed}, in {args.out}")
     say(f"next: python -m unetseg preprocess --data-dir {shlex.quote(str(args.out))} --output-dir processed")
-    return 0
 
 
-def evaluate(args: argparse.Namespace) -> int:
+def evaluate(args: argparse.Namespace) -> None:
     from .evaluation import evaluate_run, results_table
 
     results = evaluate_run(args.run, args.data, args.split)
@@ -137,16 +135,14 @@ def evaluate(args: argparse.Namespace) -> int:
         from .evaluation.robustness import robustness, robustness_table
 
         say(robustness_table(robustness(args.run, args.data, results["split"])))
-    return 0
 
 
-def compare(args: argparse.Namespace) -> int:
+def compare(args: argparse.Namespace) -> None:
     from .evaluation.compare import compare_runs, verdict_line
 
     others = {str(runs[0]): runs for runs in args.to}
     for name, found in compare_runs(args.base, others, args.split).items():
         say(verdict_line(name, found))
-    return 0
 
 
 def predict(args: argparse.Namespace) -> int:
@@ -161,22 +157,20 @@ def predict(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def export(args: argparse.Namespace) -> int:
+def export(args: argparse.Namespace) -> None:
     from .show.export import export_onnx
 
     found = export_onnx(args.weights, args.onnx)
     like = f"differ by at most {found['difference']:.1e}, {found['agreement']:.3%} of the pixels have the same class"
     say(f"{args.onnx}: {found['bytes'] / 2**20:.1f} MiB; against PyTorch logits {like}")
-    return 0
 
 
-def page(args: argparse.Namespace) -> int:
+def page(args: argparse.Namespace) -> None:
     from .show.page import make_page, serve
 
     say(make_page(args.weights, args.out))
     if args.serve:
         serve(args.out, args.serve)
-    return 0
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -185,18 +179,16 @@ def doctor(args: argparse.Namespace) -> int:
     return examine(args.data)
 
 
-def classes(args: argparse.Namespace) -> int:
+def classes(args: argparse.Namespace) -> None:
     from .tools.class_files import write_class_file
 
     say(write_class_file(args.folder, args.out))
-    return 0
 
 
-def plan(args: argparse.Namespace) -> int:
+def plan(args: argparse.Namespace) -> None:
     from .tools.plan import plan_table, run_plan
 
     say(plan_table(run_plan(args.plan, args.data, args.out, args.results or args.out / "results", args.max_minutes)))
-    return 0
 
 
 COMMANDS = {  # the function of each, and the module with what takes long to import
@@ -222,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
         run, module = COMMANDS[args.command]
         importlib.import_module(f".{module}", __package__)
         listen()
-        return run(args)
+        return run(args) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1

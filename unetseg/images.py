@@ -113,8 +113,7 @@ def overlay(image: np.ndarray, painted: np.ndarray, alpha: float = 0.55) -> np.n
 
 def _open(encoded: bytes, formats: list[str]) -> Image.Image:
     """The image, not yet decoded. Raises ValueError when it declares too many pixels."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
         try:
             return Image.open(BytesIO(encoded), formats=formats)
         except Image.DecompressionBombError:

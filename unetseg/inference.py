@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import checkpoint
 from .data import Batches, SegmentationSet
 from .device import pick_device
-from .files import write_bytes
+from .files import make_folder, write_bytes
 from .images import cv2, shrink
 from .settings import Settings
 from .train import forward
@@ -101,6 +101,6 @@ def _classes_at(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def write_picture(path: Path, picture: np.ndarray) -> None:
-    """Write ids (H, W) or RGB (H, W, 3), uint8, as the suffix says: .png, or .jpg of quality 95."""
+    """Write ids (H, W) or RGB (H, W, 3), uint8, as the suffix says: .png, or .jpg of quality 95; makes its folder."""
     _, encoded = cv2.imencode(path.suffix, picture if picture.ndim == 2 else cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    write_bytes(path, encoded)
+    write_bytes(make_folder(path.parent) / path.name, encoded)

@@ -22,11 +22,7 @@ WIDTH, SCREEN = 8.5, 92  # inches: a notebook's column; pixels per inch there
 
 
 def panels(rows: list[list[np.ndarray]], titles: list[str], class_set: ClassSet, row_names: list[str] = ()) -> Figure:
-    """A grid of pictures, one row per image, with a legend of the classes.
-
-    rows       each a list of (H, W, 3) uint8 pictures, as many as `titles`
-    row_names  optional, one per row, written on the left
-    """
+    """A grid of (H, W, 3) uint8 pictures of one size, titles above, row names on the left, a legend of the classes."""
     height, width = rows[0][0].shape[:2]
     gap = max(2, width // 40)
     ys, xs = ([n * (side + gap) for n in range(count)] for side, count in ((height, len(rows)), (width, len(titles))))
@@ -54,9 +50,7 @@ def gallery(pictures: dict[str, np.ndarray], class_set: ClassSet, columns: int =
     height, width = next(iter(pictures.values())).shape[:2]
     rows = len(pictures) // columns + 1
     figure = Figure(figsize=(WIDTH, WIDTH / columns * height / width * rows + 0.3 * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns).flat)
-    for ax in axes:
-        ax.axis("off")
+    axes = list(figure.subplots(rows, columns, subplot_kw={"frame_on": False, "xticks": [], "yticks": []}).flat)
     for ax, (title, picture) in zip(axes[: columns - 1] + axes[columns:], pictures.items()):
         ax.imshow(picture)
         ax.set_title(title, fontsize=9)
@@ -115,8 +109,7 @@ def verdicts(rows: Iterable[dict]) -> Figure:
     rows = [row for row in rows if "miou_against_control" in row][::-1]
     figure = Figure(figsize=(WIDTH, 0.26 * len(rows) + 0.9), layout="constrained")
     for ax, (key, name) in zip(figure.subplots(1, 2, sharey=True), (("miou", "mIoU"), ("person_iou", "person"))):
-        for place, row in enumerate(rows):
-            found = row.get(f"{key}_against_control", {})
+        for place, found in enumerate(row.get(f"{key}_against_control", {}) for row in rows):
             if "interval" not in found:
                 continue
             low, middle, high = 100 * np.array([found["interval"][0], found["difference"], found["interval"][1]])
@@ -228,8 +221,7 @@ def save(figure: Figure, path: Path, dpi: int | None = None) -> Path:
     """Write a figure as .png (drawings, in 256 colours), .svg, or .jpg (photographs); same figure, same bytes."""
     options = {".jpg": {"pil_kwargs": {"quality": 55, "progressive": True}}, ".svg": {"metadata": {"Date": None}}}
     dpi = dpi or (120 if path.suffix == ".jpg" else 2 * SCREEN)
-    make_folder(path.parent)
-    with atomic_open(path) as file, BytesIO() as content:
+    with atomic_open(make_folder(path.parent) / path.name) as file, BytesIO() as content:
         figure.savefig(content, format=path.suffix[1:], dpi=dpi, **options.get(path.suffix, {}))
         if path.suffix == ".png":
             Image.open(content).convert("RGB").quantize(256).save(file, format="PNG")

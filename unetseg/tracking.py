@@ -70,6 +70,7 @@ class Tracker:
                     self.record |= {"id": secrets.token_hex(4), "epochs": 0}
         if not self.run:
             raise RuntimeError(f"not logging: {why}")
+        self.patience = 60 if self.run.offline else 6  # seconds for a call: offline, only this machine can be slow
         if why:
             tqdm.write(f"warning: W&B: {why} logging offline; to upload later: {self.upload_command()}", sys.stderr)
         write_json(self.folder / RECORD, self.record)
@@ -108,11 +109,6 @@ class Tracker:
                 table = self.table(row["epoch"], *shown)
                 bounded(self.patience, lambda: self.run.log({"epoch": row["epoch"], "val/table": table}))
                 self.tables = True
-
-    @property
-    def patience(self) -> int:
-        """Seconds for what asks the server; offline there is none to wait for, only a machine that may be busy."""
-        return 60 if self.run.offline else 6
 
     def table(self, epoch: int, images: np.ndarray, masks: np.ndarray, preds: np.ndarray) -> object:
         """A row per image: itself, truth and prediction in the classes' colours, mIoU, and the IoU of each class."""
@@ -237,13 +233,9 @@ def is_waiting(folder: Path) -> bool:
 
 def values(row: dict) -> dict:
     """A row of the history under W&B's names: train/loss, val/miou, val/iou/<class> ..."""
-    logged = {"epoch": row["epoch"]}
-    for key, value in row.items():
-        if key.startswith("val_"):
-            logged[f"val/{key[4:].replace('iou_', 'iou/', 1)}"] = value
-        elif key != "epoch":
-            logged[f"train/{key.removeprefix('train_')}"] = value
-    return {key: value for key, value in logged.items() if value is not None}
+    names = {key: f"train/{key.removeprefix('train_')}" for key in row} | {"epoch": "epoch"}
+    names |= {key: f"val/{key[4:].replace('iou_', 'iou/', 1)}" for key in row if key.startswith("val_")}
+    return {names[key]: value for key, value in row.items() if value is not None}
 
 
 def overlays(images: np.ndarray, masks: np.ndarray, preds: np.ndarray, names: list[str]) -> list:
@@ -251,9 +243,8 @@ def overlays(images: np.ndarray, masks: np.ndarray, preds: np.ndarray, names: li
     import wandb
 
     labels, pictures = dict(enumerate(names)) | {IGNORE_INDEX: "void"}, []
-    for image, mask, pred in zip(images, masks, preds, strict=True):
-        layers = ("truth", mask), ("prediction", pred)
-        layers = {key: {"mask_data": value, "class_labels": labels} for key, value in layers}
+    for image, *both in zip(images, masks, preds, strict=True):
+        layers = {key: {"mask_data": ids, "class_labels": labels} for key, ids in zip(("truth", "prediction"), both)}
         pictures.append(wandb.Image(image, masks=layers, file_type="jpg"))
     return pictures
 

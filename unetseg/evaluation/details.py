@@ -28,8 +28,7 @@ class Details:
         self.class_set, number = class_set, len(class_set)
         self.regions = np.zeros((2, len(DISTANCES), number))  # of boundary IoU: intersection, union
         self.edges = np.zeros((4, len(DISTANCES), number))  # found, predicted; recovered, true
-        things = [name for name in class_set.names if name in THINGS]
-        self.objects = {name: np.zeros((3, len(SIZES))) for name in things}  # hit, true, false
+        self.objects = {name: np.zeros((3, len(SIZES))) for name in class_set.names if name in THINGS}  # of by_size
         self.bins = np.zeros((3, BINS))  # pixels, right ones, confidence
 
     def look(self, logits: Tensor, masks: Tensor) -> None:
@@ -41,18 +40,15 @@ class Details:
             self.bins[row] += torch.bincount(place, values, minlength=BINS).cpu().numpy()
         preds = preds.where(valid, IGNORE_INDEX).to("cpu", torch.uint8).numpy()
         for pred, mask in zip(preds, masks.to("cpu", torch.uint8).numpy()):
-            for class_id in np.unique([pred, mask]):
-                if class_id != IGNORE_INDEX:
-                    pair = (pred == class_id).view(np.uint8), (mask == class_id).view(np.uint8)
-                    self._compare(int(class_id), *pair)
+            for class_id in np.setdiff1d([pred, mask], IGNORE_INDEX):
+                self._compare(int(class_id), *((ids == class_id).view(np.uint8) for ids in (pred, mask)))
 
     def _compare(self, class_id: int, pred: np.ndarray, mask: np.ndarray) -> None:
         outside = [distance_outside(boundary(region)) for region in (pred, mask)]
         edges = [boundary(region).astype(bool) for region in (pred, mask)]
         for row, distance in enumerate(DISTANCES):
             bands = [inner_band(region, distance) for region in (pred, mask)]
-            both = np.count_nonzero(bands[0] & bands[1])
-            self.regions[:, row, class_id] += both, np.count_nonzero(bands[0] | bands[1])
+            self.regions[:, row, class_id] += (bands[0] & bands[1]).sum(), (bands[0] | bands[1]).sum()
             hits = [np.count_nonzero(outside[1 - side][edges[side]] <= distance) for side in (0, 1)]
             self.edges[:, row, class_id] += hits[0], edges[0].sum(), hits[1], edges[1].sum()
         name = self.class_set.names[class_id]
@@ -125,12 +121,6 @@ def by_size(pred: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.stack([np.bincount(sizes, row[1:], minlength=len(SIZES)) for row in rows])
 
 
-def place_of(stem: str) -> str:
-    """The city of a Cityscapes name, the clip of a CamVid name; "" where a name tells neither."""
-    match = re.fullmatch(r"([a-z-]+)_\d{6}_\d{6}|([^_]+)_f?\d{5,6}", stem)
-    return (match[1] or match[2]) if match else ""
-
-
 def spread(confusions: np.ndarray, stems: list[str], void: str, worst: int = 5) -> dict:
     """The distribution of mIoU over images (N, C + 1, C), the worst ones, and the pooled mIoU of each city or clip."""
     each = np.array([miou(under_rule(confusion, void)) for confusion in confusions])
@@ -139,8 +129,9 @@ def spread(confusions: np.ndarray, stems: list[str], void: str, worst: int = 5) 
     order = [int(i) for i in np.argsort(np.where(known, each, np.inf), kind="stable")[: min(worst, known.sum())]]
     places: dict[str, list[int]] = {}
     for row, stem in enumerate(stems):
-        places.setdefault(place_of(stem), []).append(row)
-    pooled = {place: miou(under_rule(confusions[rows].sum(axis=0), void)) for place, rows in places.items() if place}
+        if match := re.fullmatch(r"([a-z-]+)_\d{6}_\d{6}|([^_]+)_f?\d{5,6}", stem):  # Cityscapes' city, CamVid's clip
+            places.setdefault(match[1] or match[2], []).append(row)
+    pooled = {place: miou(under_rule(confusions[rows].sum(axis=0), void)) for place, rows in places.items()}
     worst_ones = [{"image": stems[row], "miou": float(each[row])} for row in order]
     by_place = {place: {"images": len(places[place]), "miou": value} for place, value in sorted(pooled.items())}
     return {"quantiles": quantiles, "worst": worst_ones, "places": by_place}

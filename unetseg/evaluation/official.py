@@ -17,7 +17,7 @@ from .results import number, read_results
 
 NINETEEN = CLASS_SETS["cityscapes19"]
 EVALUATED = np.flatnonzero(NINETEEN.lookup[:34] != IGNORE_INDEX)  # label ids that count; the other rows are ignored
-HONEST = {"road": 7, "building": 11, "vegetation": 21, "sky": 23}  # classes of the seven that the benchmark has, too
+HONEST = ("road", "building", "vegetation", "sky")  # classes of the seven that the benchmark has, too
 COMMON = ("human", "vehicle", "sky")  # and its categories that are one of the seven
 
 
@@ -69,14 +69,11 @@ def find_raw(processed: Path, results: dict, raw: Path | None) -> DataSet:
 
 def label_ids(class_set: ClassSet) -> np.ndarray:
     """Class id -> label id (256,) uint8 to be written; 0 (unlabeled) for what has none, such as background."""
-    table = np.zeros(256, np.uint8)
-    if class_set.names == NINETEEN.names:
-        table[:19] = TRAIN_IDS[:19]
-    elif class_set.names == CLASS_SETS["cityscapes7"].names:
-        ids = HONEST | {"person": 24, "vehicle": 26}
-        table[: len(class_set)] = [ids.get(name, 0) for name in class_set.names]
-    else:
+    if class_set.names not in (NINETEEN.names, CLASS_SETS["cityscapes7"].names):
         raise UserError(f"{class_set.name}: expected cityscapes19 or cityscapes7, whose classes the benchmark knows")
+    ids, table = dict(zip(NINETEEN.names, TRAIN_IDS)), np.zeros(256, np.uint8)
+    ids["vehicle"] = ids["car"]
+    table[: len(class_set)] = [ids.get(name, 0) for name in class_set.names]
     return table
 
 
@@ -124,10 +121,9 @@ def official_table(found: dict) -> str:
     lines = [f"at the labels' own size, {found['images']} images; the script: {found['script']}"]
     lines.append(f"  {'class':<16}{'IoU':>8}{'script':>9}{'iIoU':>8}{'ceiling':>9}")
     for name, iou in found["class_iou"].items():
-        spaced, cells = name.replace("_", " "), [iou]
-        cells += [script.get(key, {}).get(spaced) for key in ("class", "class_instance")]
-        cells.append(found["ceiling"]["class_iou"][name])
-        lines.append(f"  {name:<16}" + "".join(f"{number(cell):>{n}}" for cell, n in zip(cells, (8, 9, 8, 9))))
+        theirs = (script.get(key, {}).get(name.replace("_", " ")) for key in ("class", "class_instance"))
+        cells = zip((iou, *theirs, found["ceiling"]["class_iou"][name]), (8, 9, 8, 9))
+        lines.append(f"  {name:<16}" + "".join(f"{number(cell):>{width}}" for cell, width in cells))
     ceiling = number(found["ceiling"].get("miou"))
     means = [f"mIoU {number(found['miou'])}, ceiling {ceiling}" if "miou" in found else found["note"]]
     categories = [item for item in script.get("category", {}).items() if "miou" in found or item[0] in COMMON]

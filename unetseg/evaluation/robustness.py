@@ -20,8 +20,7 @@ from ..inference import class_scores, trained_model
 from ..metrics import confusion_matrices, miou, under_rule
 from .compare import difference, time_blocks
 from .details import THINGS
-from .results import number as as_text
-from .results import read_results
+from .results import number, read_results
 
 COVERAGE = (0.1, 0.2, 0.3, 0.4, 0.5)  # shares of the image
 SEEN = ("flat", "noise", "patch")  # textures like those of training, in rectangles
@@ -91,8 +90,8 @@ def paste(dataset: SegmentationSet, row: int, rng: np.random.Generator, share: f
     things = [place for place, name in enumerate(dataset.class_set.names) if name in names]
     for other in rng.permutation(len(dataset)):
         region = np.isin(dataset.masks[int(other)].cpu().numpy(), things).astype(np.uint8)
-        number, parts, stats, _ = cv2.connectedComponentsWithStats(region)
-        if other == row or number < 2 or stats[1:, 4].max() < 64:
+        _, parts, stats, _ = cv2.connectedComponentsWithStats(region)
+        if other == row or len(stats) < 2 or stats[1:, 4].max() < 64:
             continue
         part = 1 + int(stats[1:, 4].argmax())
         x, y, wide, high, area = stats[part].tolist()
@@ -117,18 +116,16 @@ def conditions() -> Iterator[tuple[str, float, bool]]:
 @torch.inference_mode()
 def predict_all(model: torch.nn.Module, images: np.ndarray, flip: bool = False) -> np.ndarray:
     """Class ids (N, H, W) of images (N, H, W, 3) uint8, in fp32; `flip`: of the mean with the mirror image."""
-    device, found = next(model.parameters()).device, []
-    for start in range(0, len(images), 8):
-        part = torch.from_numpy(images[start : start + 8]).to(device).permute(0, 3, 1, 2) / 255
-        found.append(class_scores(model, part, "fp32", flip).argmax(dim=1).cpu().numpy())
-    return np.concatenate(found)
+    device = next(model.parameters()).device
+    parts = (part.to(device).permute(0, 3, 1, 2) / 255 for part in torch.from_numpy(images).split(8))
+    return torch.cat([class_scores(model, part, "fp32", flip).argmax(dim=1).cpu() for part in parts]).numpy()
 
 
-def counts(preds: np.ndarray, masks: np.ndarray, number: int, kept: np.ndarray | None = None) -> np.ndarray:
+def counts(preds: np.ndarray, masks: np.ndarray, num_classes: int, kept: np.ndarray | None = None) -> np.ndarray:
     """(N, C + 1, C) pixels, truth x prediction with void last, of the kept ones (N, H, W) bool."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tensors = [None if array is None else torch.from_numpy(array).to(device) for array in (preds, masks, kept)]
-    return confusion_matrices(*tensors[:2], number, tensors[2]).cpu().numpy()
+    return confusion_matrices(*tensors[:2], num_classes, tensors[2]).cpu().numpy()
 
 
 def pooled(found: np.ndarray, void: str) -> float | None:
@@ -145,10 +142,10 @@ def against(clean: np.ndarray, found: np.ndarray, blocks: np.ndarray, void: str)
 def occlusion_scores(
     model: torch.nn.Module, dataset: SegmentationSet, clean: np.ndarray, void: str, chosen: list | None = None
 ) -> list[dict]:
-    """Scores on visible, covered and all pixels for each kind, coverage and aim (or the chosen ones), beside what the
-    predictions without an occluder, `clean` (N, H, W), score on the same pixels."""
-    number, masks, rows = len(dataset.class_set), dataset.masks.cpu().numpy(), []
-    blocks, unoccluded = time_blocks([*dataset.split.checked])[0], counts(clean, masks, number)
+    """Scores on visible, covered and all pixels for each kind, coverage and aim (for chosen ones not on all), beside
+    what the predictions without an occluder, `clean` (N, H, W), score on the same pixels."""
+    num_classes, masks, rows = len(dataset.class_set), dataset.masks.cpu().numpy(), []
+    blocks, unoccluded = time_blocks([*dataset.split.checked])[0], counts(clean, masks, num_classes)
     for kind, share, aimed in tqdm(chosen or [*conditions()], "occluders", leave=False, delay=1):
         if aimed and not dataset.class_set.people:
             continue
@@ -161,10 +158,11 @@ def occlusion_scores(
         images, covered = (np.stack(column) for column in zip(*pairs))
         preds = predict_all(model, images)
         row["covered_share"] = float(covered.mean())
-        row["all"] = against(unoccluded, counts(preds, masks, number), blocks, void)
+        if not chosen:  # the interval takes long
+            row["all"] = against(unoccluded, counts(preds, masks, num_classes), blocks, void)
         for name, kept in (("visible", ~covered), ("covered", covered)):
             both = {"miou": preds, "without_occluder": clean}
-            row[name] = {key: pooled(counts(found, masks, number, kept), void) for key, found in both.items()}
+            row[name] = {key: pooled(counts(found, masks, num_classes, kept), void) for key, found in both.items()}
         rows.append(row)
     return rows
 
@@ -226,7 +224,7 @@ def robustness_table(found: dict) -> str:
     """The scores of `robustness` as text."""
     size = "x".join(map(str, found["size"]))
     lines = [f"{found['run']}: {found['split_note']} ({found['split']}), {size}, void={found['trained_void']}"]
-    lines += [f"mIoU without occluders {as_text(found['clean'])}", f"{'occluder':<10}{'where':<10}{'covers':>8}"]
+    lines += [f"mIoU without occluders {number(found['clean'])}", f"{'occluder':<10}{'where':<10}{'covers':>8}"]
     lines[-1] += f"{'visible':>9}{'covered':>9}{'all':>8}{'change, 95 % interval':>28}"
     for row in found["occlusion"]:
         start = f"{row['kind']:<10}{'people' if row['aimed'] else 'anywhere':<10}{row['coverage']:>8.0%}"
@@ -236,10 +234,10 @@ def robustness_table(found: dict) -> str:
         change = row["all"]["change"]
         ends = " to ".join(f"{end:+.3f}" for end in change["interval"]) if "interval" in change else "too few blocks"
         scores = row["visible"]["miou"], row["covered"]["miou"], row["all"]["miou"]
-        start += "{:>9}{:>9}{:>8}".format(*map(as_text, scores))
+        start += "{:>9}{:>9}{:>8}".format(*map(number, scores))
         lines.append(f"{start}{change['difference']:>+9.3f} ({ends})")
     for name in dict.fromkeys(row["corruption"] for row in found["corruptions"] if "corruption" in row):
         scores = [row["miou"] for row in found["corruptions"] if row.get("corruption") == name]
-        lines.append(f"{name:<20}" + "".join(f"{as_text(score):>8}" for score in scores))
+        lines.append(f"{name:<20}" + "".join(f"{number(score):>8}" for score in scores))
     lines += [row["left_out"] for row in found["corruptions"] if "left_out" in row]
     return "\n".join(lines)

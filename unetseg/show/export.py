@@ -61,8 +61,7 @@ def export_onnx(run_or_weights: Path, path: Path) -> dict:
     found = compare(network, onnxruntime.InferenceSession(encoded, providers=["CPUExecutionProvider"]), size)
     found |= {"parameters": sum(weight.numel() for weight in model.parameters()), "bytes": len(encoded)}
     if found["agreement"] < AGREE:
-        said = f"ONNX Runtime and PyTorch agree on {found['agreement']:.2%} of the pixels"
-        raise UserError(f"{path}: {said}; not written")
+        raise UserError(f"{path}: ONNX Runtime and PyTorch agree on {found['agreement']:.2%} of pixels; not written")
     write_bytes(path, encoded)
     return facts | found
 

@@ -25,30 +25,23 @@ def make_page(runs_or_weights: list[Path], out: Path) -> str:
         raise UserError(f"{out}: expected an empty folder or an earlier page, found {min(there)}")
     with exclusive(out):
         earlier = json.loads(read_bytes(out / "models.json")) if there else []
-        street, models = io.BytesIO(), []
+        street = io.BytesIO()
         Image.fromarray(draw_scene(*STREET)[0]).save(street, "JPEG", quality=92)
         ours = [path for path in SITE.rglob("*") if path.is_file()]
         contents = {str(path.relative_to(SITE)): path.read_bytes() for path in ours}
-        contents |= {"street.jpg": street.getvalue(), "models.json": b"[]"}
-        write(out, {"models.json": contents["models.json"]})  # marks the folder as ours
-        for given in runs_or_weights:
-            models.append(add_network(given, out))
-            contents[models[-1]["file"]] = read_bytes(out / models[-1]["file"])
-        contents["models.json"] = json.dumps(models, indent=1).encode()
+        write_bytes(out / "models.json", b"[]")  # marks the folder as ours
+        models = [add_network(given, out) for given in runs_or_weights]
+        contents |= {model["file"]: read_bytes(out / model["file"]) for model in models}
+        contents |= {"street.jpg": street.getvalue(), "models.json": json.dumps(models, indent=1).encode()}
         version = hashlib.sha256(b"".join(contents[name] for name in sorted(contents)))
         names = json.dumps(["./", *sorted(contents.keys() - {"offline.js"})])
         worker = contents["offline.js"].decode().replace("VERSION", version.hexdigest()[:16]).replace("[]", names, 1)
-        write(out, contents | {"offline.js": worker.encode()})
+        for name, content in (contents | {"offline.js": worker.encode()}).items():
+            write_bytes(make_folder((out / name).parent) / Path(name).name, content)
         for name in {model["file"] for model in earlier} - contents.keys():
             (out / name).unlink(missing_ok=True)
     size = sum(map(len, contents.values())) / 1e6
     return f"{out}: networks: {len(models)}, {size:.1f} MB; for any static host, or python -m http.server -d {out}"
-
-
-def write(out: Path, contents: dict[str, bytes]) -> None:
-    for name, content in contents.items():
-        make_folder((out / name).parent)
-        write_bytes(out / name, content)
 
 
 def add_network(run_or_weights: Path, out: Path) -> dict:

@@ -26,29 +26,23 @@ OUTPUT = ("ids", "colour", "overlay", "frames", "shares.csv", "shares.json")
 PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif", ".heic", ".heif")
 VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".3gp")
 MOST_SIDE = 32_767  # pixels that OpenCV resizes
-UNLIKE = 0.32  # of `Unlikeness`, as a median: on the training data it is .17 to .25, on others .36 to .95
+UNLIKE = 0.32  # mean of `watch_features`, as a median: on the training data it is .17 to .25, on others .36 to .95
 
 
-class Unlikeness:
-    """How far the features of a picture are from those of the training data: the mean, over all channels of a network's
-    BatchNorm layers, of |ln(variance in this picture / variance in training)|; 0 where they agree, or without such
-    layers. After Schneider et al., NeurIPS 2020, who correct a network by these differences."""
+def watch_features(model: nn.Module) -> list[float]:
+    """A list to which each BatchNorm layer adds, in each pass, how far its features are from the training data's: the
+    mean over its channels of |ln(variance in this picture / variance in training)|, 0 where they agree. After Schneider
+    et al., NeurIPS 2020, who correct a network by these differences."""
+    found: list[float] = []
 
-    def __init__(self, model: nn.Module) -> None:
-        self.found: list[float] = []
-        for layer in model.modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.register_forward_hook(self.look)
-
-    def look(self, layer: nn.BatchNorm2d, inputs: tuple[Tensor], output: Tensor) -> None:
+    def look(layer: nn.BatchNorm2d, inputs: tuple[Tensor], output: Tensor) -> None:
         variance = inputs[0].float().var(dim=(0, 2, 3), correction=0) + layer.eps
-        self.found.append((variance / (layer.running_var + layer.eps)).log().abs().mean().item())
+        found.append((variance / (layer.running_var + layer.eps)).log().abs().mean().item())
 
-    def take(self) -> float:
-        """The mean since the last call."""
-        mean = statistics.fmean(self.found) if self.found else 0.0
-        self.found.clear()
-        return mean
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.register_forward_hook(look)
+    return found
 
 
 class Predictor:
@@ -56,20 +50,20 @@ class Predictor:
 
     def __init__(self, run_or_weights: Path, precision: str = "auto", tiles: int = 1, flip: bool = False) -> None:
         self.model, about = trained_model(run_or_weights)
-        device = next(self.model.parameters()).device
+        precision = precision_rule(next(self.model.parameters()).device) if precision == "auto" else precision
         self.class_set, self.size = stored(about), (about["width"], about["height"])
-        self.how = {"precision": precision_rule(device) if precision == "auto" else precision}
-        self.how |= {"tiles": tiles, "flip": flip}
+        self.how = {"precision": precision, "tiles": tiles, "flip": flip}
         self.facts = self.class_set.facts() | {"void": about["void"], "size": self.size, **self.how}
         self.facts |= {"weights": str(run_or_weights), "weights_sha256": checkpoint.weights_sha256(run_or_weights)}
-        self.unlikeness = Unlikeness(self.model)
+        self.unlike = watch_features(self.model)
 
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, dict]:
         """Class ids (H, W) uint8 of an RGB image (H, W, 3) uint8, and its width, height, unlikeness, shares (C,)."""
+        self.unlike.clear()
         pred = predict(self.model, image, self.size, **self.how)
         shares = np.bincount(pred.ravel(), minlength=len(self.class_set)) / pred.size
-        height, width = pred.shape
-        return pred, {"width": width, "height": height, "unlike": self.unlikeness.take(), "shares": shares.tolist()}
+        found = {"unlike": statistics.fmean(self.unlike or [0.0]), "shares": shares.tolist()}
+        return pred, {"width": pred.shape[1], "height": pred.shape[0], **found}
 
 
 def predict_files(predictor: Predictor, inputs: list[Path], out: Path) -> tuple[dict[str, dict], list[str]]:
@@ -110,8 +104,6 @@ def predict_picture(predictor: Predictor, path: Path, out: Path, name: str) -> d
     painted = predictor.class_set.paint(pred)
     shown = np.vstack([overlay(image, painted), legend(predictor.class_set, image.shape[1], row["shares"])])
     pictures = {f"ids/{name}.png": pred, f"colour/{name}.png": painted, f"overlay/{name}.jpg": shown}
-    for place in pictures:
-        make_folder((out / place).parent)
     with ThreadPoolExecutor(len(pictures)) as pool:
         list(pool.map(write_picture, (out / place for place in pictures), pictures.values()))
     return row
@@ -127,7 +119,6 @@ def predict_video(predictor: Predictor, path: Path, out: Path, name: str) -> dic
             pred, rows[round(number / fps, 3)] = predictor(image)
             strip = legend(predictor.class_set, image.shape[1]) if strip is None else strip
             write(np.vstack([overlay(image, predictor.class_set.paint(pred)), strip]))
-    make_folder((out / "frames" / name).parent)
     write_table(out / "frames" / f"{name}.csv", "seconds", predictor.class_set, rows)
     means = {"unlike": statistics.fmean(row["unlike"] for row in rows.values())}
     means["shares"] = np.mean([row["shares"] for row in rows.values()], axis=0).tolist()
@@ -192,14 +183,14 @@ def legend(class_set: ClassSet, width: int, shares: list[float] | None = None) -
 
 
 def write_table(path: Path, key: str, class_set: ClassSet, rows: dict) -> None:
-    """Write a CSV file: the key of each row, its size, unlikeness, and share of each class."""
+    """Write a CSV file and its folder: the key of each row, its size, unlikeness, and share of each class."""
     text = io.StringIO()
     table = csv.writer(text)
     table.writerow([key, "width", "height", "unlike", *class_set.names])
     for name, row in rows.items():
         numbers = [round(number, 6) for number in (row["unlike"], *row["shares"])]
         table.writerow([name, row["width"], row["height"], *numbers])
-    write_bytes(path, text.getvalue().encode(errors="surrogateescape"))
+    write_bytes(make_folder(path.parent) / path.name, text.getvalue().encode(errors="surrogateescape"))
 
 
 def remarks(predictor: Predictor, rows: Iterable[dict]) -> list[str]:
