@@ -265,7 +265,7 @@ def test_a_folder_of_another_version_is_refused(raw, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "stats_train.json").write_text(json.dumps({"layout": "cityscapes", "files": {}}))
     assert process(raw, tmp_path / "out", "--size", "32") == 1
-    assert "was written by another version of unetseg; use another --output_dir" in capsys.readouterr().err
+    assert "was written by another version of unetseg; run preprocessing into a new folder" in capsys.readouterr().err
 
 
 def test_a_dead_worker_is_reported_and_the_next_run_continues(raw, tmp_path, monkeypatch, capsys):

@@ -17,8 +17,9 @@ MOST_CLASSES = 64  # in a first file; more values than that are no classes
 
 def read_class_file(path: Path) -> ClassSet:
     """The class set in a TOML file. Raises UserError, saying what was expected."""
+    content = read_bytes(path)
     try:
-        found = tomllib.loads(read_bytes(path).decode())
+        found = tomllib.loads(content.decode())
         if not {"classes"} <= found.keys() <= {"classes", "void", "people"}:
             raise ValueError(f"the entries {', '.join(found) or 'none'}; expected [classes], [void] and people")
         for expected, holds in rules(**found).items():
@@ -26,8 +27,6 @@ def read_class_file(path: Path) -> ClassSet:
                 raise ValueError(f"something else; expected {expected}")
         return class_set(path.stem, **found)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path}: expected a class file as in docs/data.md, found {error}") from None
 
 

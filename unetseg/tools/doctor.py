@@ -51,7 +51,7 @@ def examine(data: Path | None) -> int:
     finding("Python", lambda: (f"{platform.python_version()} at {sys.executable}; torch {torch.__version__}", None))
     finding("device", computing_device)
     finding("disk", disk_space)
-    found = finding("data", describe_data, data) or (7, (256, 256), CITYSCAPES)
+    found = finding("data", describe_data, data)
     finding("W&B", describe_wandb)
     if not problems:
         print("training     measuring a few steps ...", file=sys.stderr, flush=True)
@@ -117,8 +117,7 @@ def raw_data(path: Path) -> tuple[str, tuple]:
             check_ids(count_ids(labels), class_set, pair.labels)
             ids += count_ids(labels)
         present = {int(id_): int(ids[id_]) for id_ in np.flatnonzero(ids)}
-        broken = [file for pair in pairs for file in (pair.image, pair.labels) if not is_complete(file)]
-        if broken:
+        if broken := [file for pair in pairs for file in (pair.image, pair.labels) if not is_complete(file)]:
             raise UserError(f"{broken[0]}: expected a complete file ({len(broken)} are truncated); copy it again")
         size = f"{labels.shape[1]}x{labels.shape[0]}"
         about = f"{split}: {len(pairs)} pairs of {size}, ids {min(present)}..{max(present)}"
@@ -126,8 +125,7 @@ def raw_data(path: Path) -> tuple[str, tuple]:
         lines += [about, *(f"{split}: {said}" for said in judge_ids(split, data_set.layout, class_set, present))]
     if "train" not in counts:
         raise UserError(f"{path}: expected a split train, found {', '.join(counts)}")
-    images = {"train": counts["train"], "val": counts.get("val", 0)}
-    return "\n             ".join(lines), (len(class_set), (256, 256), images)
+    return "\n             ".join(lines), (len(class_set), (256, 256), {"val": 0} | counts)
 
 
 def is_complete(path: Path) -> bool:

@@ -85,9 +85,7 @@ def judge_ids(split: str, layout: Layout, class_set: ClassSet, ids: dict[int, in
         said.append(f"no pixel of {', '.join(absent)}")
     if void > total / 2:
         said.append(f"{void / total:.0%} of the pixels are void")
-    most = [(name, pixels / total) for name, pixels in per_class.items() if pixels > 0.95 * total]
-    said += [f"{share:.1%} of the pixels are {name}" for name, share in most]
-    return said
+    return said + [f"{n / total:.1%} of the pixels are {name}" for name, n in per_class.items() if n > 0.95 * total]
 
 
 def judge_pairs(fits: list[tuple[float, float, int]], skies: list[float]) -> list[str]:
@@ -111,8 +109,7 @@ def judge_duplicates(images: dict[str, dict[str, str]]) -> tuple[list[str], list
     """Errors and warnings about images that occur twice; images: split -> stem -> hash of the pixels."""
     errors, warnings = [], []
     for split, hashes in images.items():
-        twice = [key for key, number in Counter(hashes.values()).items() if number > 1]
-        if twice:
+        if twice := [key for key, number in Counter(hashes.values()).items() if number > 1]:
             pair = [stem for stem, key in hashes.items() if key == twice[0]][:2]
             warnings.append(f"{split}: {len(twice)} images occur more than once, such as {' and '.join(pair)}")
     names = list(images)
@@ -132,7 +129,7 @@ def judge_frames(stems: dict[str, list[str]]) -> list[str]:
             clips.setdefault(match[1], {}).setdefault(split, []).append(int(match[2]))
     said = []
     for clip, splits in clips.items():
-        for split in splits.keys() - {"train"} if "train" in splits else ():
+        for split in sorted(splits.keys() - {"train"}) if "train" in splits else ():
             gap = min(np.abs(np.array(splits["train"]) - frame).min() for frame in splits[split])
             apart = f"{gap} apart ({gap / 30:.1f} s)"
             said.append(f"{split} and train share the clip {clip}: their nearest frames are {apart}")

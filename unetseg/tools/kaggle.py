@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,11 +87,9 @@ def bring_runs(home: Path) -> None:
     found: dict[str, list[tuple[int, Path]]] = {}
     for folder, (_, files) in Tree(KAGGLE / "input").items():
         if {checkpoint.WEIGHTS, checkpoint.STATE} & {*files}:
-            try:
+            with suppress(UserError):  # somebody else's model
                 checkpoint.read_config(folder)
                 found.setdefault(folder.name, []).append((len(checkpoint.read_history(folder)), folder))
-            except UserError:
-                continue  # somebody else's model
     for name, runs in found.items():
         if not (home / name).exists():
             epochs, run = max(runs, key=lambda found: found[0])

@@ -43,7 +43,6 @@ RoadShoulder 128 128 192 4, Sidewalk 0 0 192 4, SignSymbol 192 128 128 6, Sky 12
 SUVPickupTruck 64 128 192 8, TrafficCone 0 0 64 2, TrafficLight 0 64 64 6, Train 192 64 128 8, Tree 128 128 0 5,
 Truck_Bus 192 128 192 8, Tunnel 64 0 64 1, VegetationMisc 192 192 0 5, Void 0 0 0 11, Wall 64 192 0 1"""
 CAMVID_ROWS = [tuple(map(int, row.split()[1:])) for row in CAMVID_32.split(",")]  # by id 0-31: colour, SegNet's id
-CAMVID_COLOURS = {row[:3]: row[3] for row in CAMVID_ROWS}
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,7 @@ class DataSet:
         labelled, pairs, problems = split not in self.layout.unlabelled, [], {}
         for stem in sorted(images.by_stem.keys() | (labels.by_stem.keys() if labelled else set())):
             image, label = images.by_stem.get(stem, []), labels.by_stem.get(stem, []) if labelled else []
-            problem = self._unpaired(stem, image, label, labelled) or _apart(images, labels, image, label)
-            if problem:
+            if problem := self._problem(stem, image, label, labelled, (images.top, labels.top)):
                 problems[stem] = problem
             else:
                 pairs.append(Pair(stem, image[0], label[0] if labelled else None))
@@ -89,12 +87,12 @@ class DataSet:
     def quick_size(self) -> tuple[int, int]:
         """Width and height for a quick run: the shape of the images, few pixels."""
         found = readable(self.splits, 0, self.layout.read_image)
-        height, width = found[0][1].shape[:2] if found else (256, 256)
+        height, width = found[0].shape[:2] if found else (256, 256)
         small = 64 * max(1, round((32768 * width / height) ** 0.5 / 64))
         return small, round(small * height / width)
 
-    def _unpaired(self, stem: str, image: list[Path], label: list[Path], labelled: bool) -> str:
-        """What is wrong with files that do not make a pair, or ""."""
+    def _problem(self, stem: str, image: list[Path], label: list[Path], labelled: bool, tops: tuple[Path, Path]) -> str:
+        """What is wrong with files that do not make a pair, or lie in the folders of two cities, or ""."""
         if not stem:
             return f"{(image + label)[0]}: expected a name before its ending, found none"
         for paths in (image, label):
@@ -104,16 +102,11 @@ class DataSet:
             return f"{label[0]}: expected an image of the same name, found none"
         if labelled and not label:
             return f"{image[0]}: expected its label file {self.layout.label_name(stem)}, found none"
+        if label and tops[0] != tops[1]:
+            here, there = image[0].parent.relative_to(tops[0]), label[0].parent.relative_to(tops[1])
+            if Path() not in (here, there) and here != there:
+                return f"{label[0]}: expected it in {here}/ as its image {image[0].name}, found it in {there}/"
         return ""
-
-
-def _apart(images: Files, labels: Files, image: list[Path], label: list[Path]) -> str:
-    """What is wrong with a pair whose files lie in the folders of two cities, or ""."""
-    if label and images.top != labels.top:
-        here, there = image[0].parent.relative_to(images.top), label[0].parent.relative_to(labels.top)
-        if Path() not in (here, there) and here != there:
-            return f"{label[0]}: expected it in {here}/ as its image {image[0].name}, found it in {there}/"
-    return ""
 
 
 def list_folder(folder: Path) -> tuple[list[str], list[str]]:
@@ -129,16 +122,15 @@ class Tree(dict):
     what systems leave behind, what preprocessing and training wrote, and this repository."""
 
     def __init__(self, root: Path) -> None:
-        super().__init__()
         self.root, level = root, [root]
         for _ in range(DEEPEST + 1):
             below: list[Path] = []
             for folder in level:
-                folders, files = list_folder(folder)
-                ours = folder != root and os.path.isfile(folder / "unetseg" / "run.py")
-                if not ours and os.path.realpath(folder) not in map(os.path.realpath, folder.parents):
-                    self[folder] = folders, files
-                    below += [folder / name for name in folders]
+                ours = os.path.isfile(folder / "unetseg" / "run.py")
+                circle = os.path.realpath(folder) in map(os.path.realpath, folder.parents)
+                if folder == root or not (ours or circle):
+                    self[folder] = list_folder(folder)
+                    below += [folder / name for name in self[folder][0]]
             level = below
 
     def split_folders(self, top: Path) -> dict[str, Path]:
@@ -193,25 +185,24 @@ class Cityscapes(Layout):
     may lie apart. Label files are those of label ids or, where there are none, of trainIds or colours."""
 
     def __init__(self, coarse: bool = False) -> None:
-        self.coarse = coarse
+        self.kind = "gtCoarse" if coarse else "gtFine"
 
     name, expected = "cityscapes", "leftImg8bit/ and gtFine/ (Cityscapes)"
     unlabelled, val_is_halved = ("test",), True  # the published labels of test are dummies
 
     def find(self, tree):
-        kind = "gtCoarse" if self.coarse else "gtFine"
         tops = [path for path in tree if tree.split_folders(path)]
         images = [path for path in tops if path.name.lower() in ("leftimg8bit", "images")]
-        for labels in [path for path in tops if path.name.lower() == kind.lower()]:
+        for labels in [path for path in tops if path.name.lower() == self.kind.lower()]:
             if not images:
                 return
             nearest = max(images, key=lambda path: len(os.path.commonpath([path, labels])))
             images.remove(nearest)
-            yield self._data_set(tree, nearest, labels, kind)
+            yield self._data_set(tree, nearest, labels)
 
-    def _data_set(self, tree, images, labels, kind):
+    def _data_set(self, tree, images, labels):
         for used in ("labelIds", "labelTrainIds", "color", "labelIds"):
-            ending, folders = f"_{kind}_{used}{PICTURE}", tree.split_folders(labels)
+            ending, folders = f"_{self.kind}_{used}{PICTURE}", tree.split_folders(labels)
             found = {split: tree.files(top, ending) for split, top in folders.items()}
             if any(files.by_stem for files in found.values()):
                 break
@@ -219,12 +210,12 @@ class Cityscapes(Layout):
         for split in image_folders | folders:
             top, none = image_folders.get(split, images / split), Files(labels / split)
             splits[split] = tree.files(top, f"(?:_leftImg8bit)?{PICTURE}"), found.get(split, none)
-        notes = [] if used == "labelIds" else [f"no files of label ids: the labels are decoded from {kind}_{used}"]
+        notes = [] if used == "labelIds" else [f"no files of label ids: the labels are decoded from {self.kind}_{used}"]
         notes += ["trainIds leave out parking, guard rail, bridge and others, which are void here"] * (used[5:6] == "T")
         return DataSet(self, Path(os.path.commonpath([images, labels])), splits, notes)
 
     def label_name(self, stem):
-        return f"{stem}_gt{'Coarse' if self.coarse else 'Fine'}_labelIds.png"
+        return f"{stem}_{self.kind}_labelIds.png"
 
     def read_labels(self, path, content, class_set):
         if path.name.lower().endswith("_color.png"):
@@ -249,11 +240,12 @@ class ImagePairs(Layout):
 
     def looks_right(self, splits):
         """Whether images are twice as wide as high, and the right halves have gtFine's colours, but not the left."""
-        found = [image for _, image in readable(splits, 0, read_pixels)]
+        found = readable(splits, 0, read_pixels)
         if not found or any(image.shape != (len(image), 2 * len(image), 3) for image in found):
             return False
-        halves = [np.concatenate(half) for half in zip(*(np.split(image, 2, axis=1) for image in found))]
-        left, right = ((nearest_colours(half, near=12) > 0).mean() for half in halves)
+        halves = (np.split(image, 2, axis=1) for image in found)
+        shares = [[(nearest_colours(half, near=12) > 0).mean() for half in pair] for pair in halves]
+        left, right = np.mean(shares, axis=0)
         return right > 0.5 and left < right / 2
 
     def read_image(self, path, content):
@@ -276,13 +268,10 @@ class CamVid(Layout):
         for path, (folders, _) in tree.items():
             tops = {split: (top, path / (top.name + self.beside)) for split, top in tree.split_folders(path).items()}
             if any(labels.name in folders for _, labels in tops.values()):
-                yield self.data_set(path, {split: self.sides(tree, *sides) for split, sides in tops.items()})
+                yield DataSet(self, path, {split: self.sides(tree, *sides) for split, sides in tops.items()})
 
     def sides(self, tree, images, labels):
         return tree.files(images, PICTURE, deep=False), tree.files(labels, f"(?:_L|_P)?{PICTURE}", deep=False)
-
-    def data_set(self, root, splits):
-        return DataSet(self, root, splits)
 
 
 class CamVidColours(CamVid):
@@ -295,7 +284,7 @@ class CamVidColours(CamVid):
     beside = "_labels"
 
     def find(self, tree):
-        yield from super().find(tree)
+        yield from (self.data_set(found.root, found.splits) for found in super().find(tree))
         for path, (folders, files) in tree.items():
             labels = [other for other in tree if other.name == "LabeledApproved_full" and tree[other][1]]
             if path.name == "701_StillsRaw_full" and tree[path][1] and labels:
@@ -321,7 +310,7 @@ class CamVidColours(CamVid):
 
     def read_labels(self, path, content, class_set):
         labels = read_mask(path, content, indexed=path.stem.endswith("_P"))
-        colours = CAMVID_COLOURS if labels.ndim == 3 else {(id_,) * 3: row[3] for id_, row in enumerate(CAMVID_ROWS)}
+        colours = {row[:3] if labels.ndim == 3 else (id_,) * 3: row[3] for id_, row in enumerate(CAMVID_ROWS)}
         return decode(labels, colours, path)
 
 
@@ -352,24 +341,19 @@ class Folders(Layout):
         tops = [next((here[name] for name in names if name in here), None) for names in (self.images, self.masks)]
         if None in tops:
             return {}
-        inner, whole = [tree.split_folders(top) for top in tops], map(tree.files, tops, self.endings)
-        if not inner[0] and not inner[1]:
-            return {"": tuple(whole)}
-        splits = {split: [] for split in sorted(inner[0] | inner[1])}
-        for top, folders, ending in zip(tops, inner, self.endings):
-            flat = tree.files(top, ending, deep=False)
-            for split, sides in splits.items():
-                sides.append(tree.files(folders[split], ending) if split in folders else Files(top / split))
-            if not folders:  # all masks in one folder: each split takes those of its images
-                for sides in splits.values():
-                    other = sides[0].by_stem if len(sides) > 1 else flat.by_stem
-                    sides[-1] = Files(top, {stem: paths for stem, paths in flat.by_stem.items() if stem in other})
-        return {split: tuple(sides) for split, sides in splits.items()}
+        inner, splits = [tree.split_folders(top) for top in tops], {}
+        for split in sorted(inner[0] | inner[1]) or [""]:
+            images, masks = splits[split] = tuple(
+                tree.files(folders.get(split, top / split) if folders else top, ending, deep=bool(folders) or not split)
+                for top, folders, ending in zip(tops, inner, self.endings)
+            )
+            if inner[0] and not inner[1]:  # all masks in one folder: each split takes those of its images
+                masks.by_stem = {stem: paths for stem, paths in masks.by_stem.items() if stem in images.by_stem}
+        return splits
 
     def beside(self, tree, top):
         """Images and masks side by side in one folder, N.jpg and N_mask.png, as Roboflow exports them."""
-        masks, images = tree.files(top, r"_mask\.png", deep=False), tree.files(top, PICTURE, deep=False)
-        images.by_stem = {stem: paths for stem, paths in images.by_stem.items() if not stem.endswith("_mask")}
+        images, masks = (tree.files(top, ending, deep=False) for ending in (rf"(?<!_mask){PICTURE}", r"_mask\.png"))
         return {"": (images, masks)} if masks.by_stem and self.name == "folders" else {}
 
     def takes(self, splits, class_file):
@@ -405,7 +389,7 @@ class ColourFolders(Folders):
     def takes(self, splits, class_file):
         """Whether some masks have no colour but gtFine's, and not void's alone."""
         seen = set()
-        for _, labels in [] if class_file else readable(splits, 1, lambda *file: read_mask(*file, indexed=False)):
+        for labels in [] if class_file else readable(splits, 1, lambda *file: read_mask(*file, indexed=False)):
             seen |= set(np.unique(look_up(labels, CITYSCAPES_COLOURS))) if labels.ndim == 3 else {VOID_COLOUR}
         return len(seen) > 2 and VOID_COLOUR not in seen
 
@@ -448,12 +432,12 @@ def read_array(path: Path, content: bytes) -> np.ndarray:
         raise BadFile(f"{path}: expected a NumPy array, found {error}") from None
 
 
-def readable(splits: dict[str, tuple[Files, Files]], side: int, read, most: int = 5) -> list[tuple[Path, np.ndarray]]:
-    """Some readable images (side 0) or label files (1) of a data set, evenly spread; bad ones are told later."""
+def readable(splits: dict[str, tuple[Files, Files]], side: int, read) -> list[np.ndarray]:
+    """Up to five readable images (side 0) or label files (1) of a data set, evenly spread; bad ones are told later."""
     paths, found = [paths[0] for sides in splits.values() for paths in sides[side].by_stem.values()], []
-    for path in paths[:: 1 + len(paths) // most]:
+    for path in paths[:: 1 + len(paths) // 5]:
         with suppress(UserError):
-            found.append((path, read(path, read_bytes(path))))
+            found.append(read(path, read_bytes(path)))
     return found
 
 
@@ -524,9 +508,6 @@ def find_data_sets(root: Path, layouts: tuple[Layout, ...] | None = None) -> tup
 
 def find_data(root: Path, coarse: bool = False, given_split: bool = False) -> DataSet:
     """The one raw data set at a folder or below it. Raises BadFile, showing what lies there, where there is not one."""
-    if not root.is_dir():
-        expected = " or ".join(layout.expected for layout in LAYOUTS[:3])
-        raise BadFile(f"{root}: expected a folder with {expected}; found {'a file' if root.exists() else 'nothing'}")
     changed = {"cityscapes": Cityscapes(coarse), "camvid32": CamVidColours(given_split)}
     asked = tuple(changed.get(layout.name, layout) for layout in LAYOUTS)
     found, tree = find_data_sets(root, asked)
@@ -553,7 +534,8 @@ def describe(tree: Tree) -> str:
     if len(half := {"leftimg8bit", "gtfine"} & folders) == 1:
         missing = "gtFine" if "leftimg8bit" in half else "leftImg8bit"
         expected = f"{missing}/ with folders of splits, because both archives of Cityscapes are needed"
-    found = "; ".join(there) or ", ".join([*tree[tree.root][0], *tree[tree.root][1]][:8]) or "nothing"
+    listed = [*tree[tree.root][0], *tree[tree.root][1]][:8] or ["a file" if tree.root.is_file() else "nothing"]
+    found = "; ".join(there) or ", ".join(listed)
     return f"{tree.root}: expected {expected}; found {found}" + (f"; {zipped[0]} is not unpacked" if zipped else "")
 
 

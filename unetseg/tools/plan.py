@@ -150,31 +150,26 @@ def run_plan(path: Path, data: Path, out: Path, results: Path, max_minutes: floa
 
 def trained(plan: dict, job: Job, data: Path, out: Path, end: float) -> bool:
     """Train a run, after the one that it starts from; False where the time `end` (time.monotonic) came first. Raises
-    Busy where another process trains its start, UserError where its folder holds another run than the plan's."""
+    Busy where another process trains its start, UserError where its folder has other epochs or another start by now."""
     if start := start_of(plan, job):
         with nullcontext() if is_trained(out / start.name) else exclusive(out / ".locks" / start.name):
             if not trained(plan, start, data, out, end):
                 return False
     settings, left = settings_of(plan, job, data, out), max(1e-3, (end - time.monotonic()) / 60)
-    require(settings)
+    run, init = Path(settings.out), settings.init
+    if any((run / name).is_file() for name in (checkpoint.WEIGHTS, checkpoint.STATE)):
+        config, now = checkpoint.read_config(run), checkpoint.weights_sha256(Path(init)) if init else None
+        if config["cycles"] != [with_preset(settings).epochs] or now != config["init_sha256"]:
+            raise UserError(f"{run}: expected the training that the plan describes; delete the folder")
     train(replace(settings, max_minutes=None if end == math.inf else left), log=lambda row: None)
-    if done := is_trained(out / job.name):
-        (out / job.name / checkpoint.STATE).unlink(missing_ok=True)
+    if done := is_trained(run):
+        (run / checkpoint.STATE).unlink(missing_ok=True)
     return done
 
 
 def is_trained(run: Path) -> bool:
     """Whether a run folder has the weights of a finished training."""
     return (run / checkpoint.WEIGHTS).is_file() and not checkpoint.unfinished(checkpoint.read_about(run))
-
-
-def require(settings: Settings) -> None:
-    """Raise UserError where a run began from other weights than its start has now, or was planned for other epochs."""
-    run, init = Path(settings.out), settings.init
-    if any((run / name).is_file() for name in (checkpoint.WEIGHTS, checkpoint.STATE)):
-        config, now = checkpoint.read_config(run), checkpoint.weights_sha256(Path(init)) if init else None
-        if config["cycles"] != [with_preset(settings).epochs] or now != config["init_sha256"]:
-            raise UserError(f"{run}: expected the training that the plan describes; delete the folder")
 
 
 def score(run: Path, data: Path, fold: int | None, recipe: dict, path: Path) -> None:
@@ -201,29 +196,24 @@ def score(run: Path, data: Path, fold: int | None, recipe: dict, path: Path) -> 
         np.savez_compressed(file, facts=json.dumps(facts), confusions=confusions)
 
 
-def read_result(path: Path) -> tuple[dict, np.ndarray]:
-    """Facts and matrices (N, C + 1, C) of a run. Raises UserError for a damaged file."""
-    confusions, text = read_arrays(path, "facts", "delete it and rerun")
-    facts = json.loads(text)
-    if not {"recipe", "data"} <= facts.keys():
-        raise UserError(f"{path}: was written by another version of unetseg; delete it and rerun")
-    return facts | {"recipe": whole(facts["recipe"])}, confusions
-
-
 def read_results(plan: dict, results: Path, data: dict | None = None) -> dict[Job, tuple[dict, np.ndarray]]:
-    """The results that are there. Raises UserError for one that was made by another recipe than the plan's, and for one
-    of other data than those of its fold in `data` (without it: than the first one's)."""
+    """The results that are there, as facts and matrices (N, C + 1, C). Raises UserError for one that is damaged, made
+    by another recipe than the plan's, or of other data than its fold in `data` (without it: than the first one's)."""
     found, data = {}, {**(data or {})}
     for job in jobs_of(plan):
         path = results / f"{job.name}.npz"
         if path.is_file():
-            found[job] = facts, _ = read_result(path)
-            there, wanted = facts["recipe"], recipe_of(plan, job)
+            confusions, text = read_arrays(path, "facts", "delete it and rerun")
+            facts = json.loads(text)
+            if not {"recipe", "data"} <= facts.keys():
+                raise UserError(f"{path}: was written by another version of unetseg; delete it and rerun")
+            there, wanted = whole(facts["recipe"]), recipe_of(plan, job)
             other = sorted(key for key in wanted if wanted[key] != there[key])
             made_with = data.setdefault(job.fold, facts["data"])
             other += ["data"] * any(facts["data"].get(use, sha256) != sha256 for use, sha256 in made_with.items())
             if other:
                 raise UserError(f"{path}: was made with other {', '.join(other)}; delete it and the run's folder")
+            found[job] = facts, confusions
     return found
 
 

@@ -34,8 +34,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..classes import CLASS_SETS, IGNORE_INDEX, ClassSet, stored
 from ..files import FileError, UserError, exclusive, make_folder, read_bytes, read_json, write_bytes, write_json
-from ..images import BadFile, cv2, overlay, shrink
-from ..processed import FORMAT, checksum, pair_paths, read_image, read_pair
+from ..images import BadFile, cv2, overlay, read_png, shrink
+from ..processed import FORMAT, checksum, pair_paths, read_image, read_pair, read_stats
 from . import judge, parse_size, whole_number
 from .class_files import read_class_file
 from .layouts import DataSet, Layout, Pair, choose_splits, find_data
@@ -102,8 +102,7 @@ def count_classes(histogram: np.ndarray, class_set: ClassSet) -> list[int]:
 
 def check_ids(histogram: np.ndarray, class_set: ClassSet, path: Path) -> None:
     """Raise BadFile when a label file holds ids that the class table does not know."""
-    unknown = np.flatnonzero((histogram > 0) & ~class_set.known).tolist()
-    if unknown:
+    if unknown := np.flatnonzero((histogram > 0) & ~class_set.known).tolist():
         highest = int(np.flatnonzero(class_set.known).max())
         hint = "; 255 never occurs in label ids: are these trainIds?" if unknown == [IGNORE_INDEX] else ""
         raise BadFile(f"{path}: expected label ids 0..{highest}, found {unknown}{hint}")
@@ -146,10 +145,8 @@ def take(folder: Path, task: Task, record: Record) -> bool:
     labelled, recipe = bool(record.resized), task.recipe
     try:
         image_path, mask_path = pair_paths(folder, task.split, record.stem)
-        if labelled:
-            found = read_pair(folder, task.split, record.stem, len(task.class_set), recipe.size)[-1]
-        else:
-            found = checksum(read_image(image_path, (*recipe.size[::-1], 3)), None)
+        image = read_image(image_path, (*recipe.size[::-1], 3))
+        found = checksum(image, read_png(mask_path, "L") if labelled else None)
         if found != record.crc32 or np.load(image_path, mmap_mode="r").dtype != recipe.dtype:
             return False
         for old, new in zip((image_path, mask_path)[: 1 + labelled], pair_paths(task.staging, task.split, record.stem)):
@@ -242,15 +239,13 @@ def process_split(pool: Executor, pairs: list[Pair], out: Path, task: Task, reus
             for record in records:
                 earlier.get(record.stem, []).append((folder, record))
     jobs = [(pair, earlier[pair.stem]) for pair in pairs]
-    chunk = max(1, min(16, len(jobs) // 128))
-    results = pool.map(partial(process, task=task), jobs, chunksize=chunk)
+    results = pool.map(partial(process, task=task), jobs, chunksize=max(1, min(16, len(jobs) // 128)))
     records = []
-    with open(staging / JOURNAL.format(split), "a", encoding="utf-8") as journal:
+    with open(staging / JOURNAL.format(split), "a", buffering=1, encoding="utf-8") as journal:  # line by line
         for record in tqdm(results, total=len(jobs), desc=split, unit="img", leave=False):
             records.append(record)
             if not record.error:
                 journal.write(json.dumps({"stem": record.stem, **record.entry()}) + "\n")
-                journal.flush()
     return records
 
 
@@ -277,18 +272,15 @@ def check_output(out: Path, data_set: DataSet) -> None:
         for path in (out / folder, *(out / folder).glob("*")):
             if path.is_symlink():  # into which no file can be moved, where it leads to another disk
                 raise UserError(f"{path}: expected a folder of its own, found a link; use another --output_dir")
-    made = sorted(out.glob("stats_*.json"))
-    for path in made:
-        if read_json(path).get("format") != FORMAT:
-            raise UserError(f"{path}: was written by another version of unetseg; use another --output_dir")
-    if made and not any(same_source(path, data_set) for path in made):
+    splits = [path.stem.removeprefix("stats_") for path in sorted(out.glob("stats_*.json"))]
+    made = {split: read_stats(out, split)["files"] for split in splits}
+    if made and not any(same_source(data_set, split, files) for split, files in made.items()):
         advice = "use another --output_dir, or delete this one"
         raise UserError(f"{out}: holds splits made from another source than {data_set.root}; {advice}")
 
 
-def same_source(stats: Path, data_set: DataSet) -> bool:
-    """Whether some image that this split was made from lies, with the same content, in the raw data set."""
-    split, files = stats.stem.removeprefix("stats_"), read_json(stats)["files"]
+def same_source(data_set: DataSet, split: str, files: dict[str, dict]) -> bool:
+    """Whether one of the `files` that a split was made from lies, with the same content, in the raw data set."""
     for pair in data_set.pairs(split)[0] if split in data_set.splits else ():
         with suppress(UserError):
             if pair.stem in files and files[pair.stem]["source"][0] == zlib.crc32(read_bytes(pair.image)):
@@ -314,10 +306,8 @@ def move_into_place(out: Path, splits: list[str]) -> None:
         path = out / f"stats_{split}.json"
         plan[split] = sorted(read_json(path)["files"]) if path.is_file() else []
         for stem in read_json(staging / path.name)["files"].keys() - set(plan[split]):
-            for target in pair_paths(out, split, stem):
-                if target.exists():
-                    advice = "move it away, or use another --output_dir"
-                    raise UserError(f"{target}: was not made by preprocessing; {advice}")
+            if taken := [path for path in pair_paths(out, split, stem) if path.exists()]:
+                raise UserError(f"{taken[0]}: was not made by preprocessing; move it away, or use another --output_dir")
     write_json(staging / "moving.json", plan)  # from here on, an interrupted move is finished by the next run
     finish_moving(out)
 
@@ -353,10 +343,8 @@ def write_stats(out: Path, task: Task, records: list[Record], said: dict[str, li
     stats = {"format": FORMAT, "split": task.split, **asdict(task.recipe), "val_is_halved": task.layout.val_is_halved}
     stats |= class_set.facts() | {"num_images": len(good)} | said
     if good[0].resized:
-        keys = [*class_set.names, "void"]
-        for name in ("full_resolution", "resized"):
-            total = np.sum([getattr(record, name) for record in good], axis=0)
-            stats.setdefault("pixels", {})[name] = dict(zip(keys, total.tolist(), strict=True))
+        totals = {n: np.sum([getattr(r, n) for r in good], axis=0).tolist() for n in ("full_resolution", "resized")}
+        stats["pixels"] = {name: dict(zip([*class_set.names, "void"], total)) for name, total in totals.items()}
     stats["left_out"] = {record.stem: record.error for record in records if record.error}
     stats["files"] = {record.stem: record.entry() for record in good}
     write_json(out / UNFINISHED / f"stats_{task.split}.json", stats)
@@ -368,10 +356,8 @@ def draw(folder: Path, stats: dict, num_samples: int) -> None:
     from .. import plots  # here, because every worker imports this file and few of them draw
 
     class_set, split, stems = stored(stats), stats["split"], list(stats["files"])
-    total = {name.replace("_", " "): np.array(list(pixels.values())) for name, pixels in stats["pixels"].items()}
-    shares = {name: pixels / pixels.sum() for name, pixels in total.items()}
-    title = f"{stats['split']}: {stats['num_images']} images"
-    figure = plots.class_distribution(class_set, shares, title)
+    shares = {k.replace("_", " "): np.array([*v.values()]) / sum(v.values()) for k, v in stats["pixels"].items()}
+    figure = plots.class_distribution(class_set, shares, f"{split}: {stats['num_images']} images")
     plots.save(figure, folder / "visualizations" / f"{split}_class_distribution.png")
     rows = []
     for place in np.unique(np.linspace(0, len(stems) - 1, num_samples).round().astype(int)):
@@ -404,19 +390,17 @@ def report(split: str, records: list[Record], stats: dict | None) -> None:
         total = sum(pixels.values())
         log.info("  %s", " · ".join(f"{name} {100 * count / total:.1f} %" for name, count in pixels.items()))
         for c, name in enumerate(stats["classes"]):
-            lost = sum(r.full_resolution[c] > 0 and r.resized[c] == 0 for r in records if not r.error)
-            if lost:
+            if lost := sum(r.full_resolution[c] > 0 and r.resized[c] == 0 for r in records if not r.error):
                 log.info("  %s vanishes from %d masks at this size", name, lost)
 
 
 def judge_split(task: Task, records: list[Record]) -> list[str]:
     """Warnings about a split as a whole. Raises UserError when its labels are not what they should be."""
-    good = [record for record in records if not record.error]
     ids: Counter[int] = Counter()
-    for record in good:
+    for record in records:
         ids.update({int(id_): pixels for id_, pixels in record.ids.items()})
-    fits = [record.fit for record in good if record.fit is not None]
-    skies = [record.sky for record in good if record.sky is not None]
+    fits = [record.fit for record in records if record.fit is not None]
+    skies = [record.sky for record in records if record.sky is not None]
     found = judge.judge_ids(task.split, task.layout, task.class_set, ids) if ids else []
     return found + judge.judge_pairs(fits, skies)
 

@@ -21,8 +21,7 @@ CAR, TRUCK, BUS, BICYCLE = 26, 27, 28, 33
 EYE, FAR = 1.4, 100.0  # metres: the camera's height, the end of the street
 PAINTS = [(40, 42, 50), (185, 187, 192), (120, 24, 28), (28, 46, 98), (222, 222, 222), (62, 78, 62), (90, 92, 96)]
 FACADES = [(176, 160, 140), (150, 105, 85), (200, 190, 170), (122, 120, 118), (186, 150, 110), (140, 140, 150)]
-PAINTS, FACADES = np.array(PAINTS), np.array(FACADES)
-SKIN = np.array([(224, 180, 150), (160, 115, 85), (95, 65, 50)])
+SKIN = [(224, 180, 150), (160, 115, 85), (95, 65, 50)]
 
 
 class Canvas:
@@ -76,14 +75,13 @@ class Canvas:
 
     def box(self, x0, x1, y0, y1, z0, z1, colour, label) -> None:
         """Paint the faces of a box that the camera can see."""
-        lit = np.asarray(colour) * 1.0
         if self.x < x0:
-            self.side(x0, y0, y1, z0, z1, lit * (1.0 if self.sun_left else 0.7), label)
+            self.side(x0, y0, y1, z0, z1, colour * (1.0 if self.sun_left else 0.7), label)
         if self.x > x1:
-            self.side(x1, y0, y1, z0, z1, lit * (0.7 if self.sun_left else 1.0), label)
+            self.side(x1, y0, y1, z0, z1, colour * (0.7 if self.sun_left else 1.0), label)
         if y1 < EYE:
-            self.ground(x0, x1, z0, z1, lit * 1.1, label, y1)
-        self.front(x0, x1, y0, y1, z0, lit * 0.85, label)
+            self.ground(x0, x1, z0, z1, colour * 1.1, label, y1)
+        self.front(x0, x1, y0, y1, z0, colour * 0.85, label)
 
 
 def car(canvas: Canvas, rng: np.random.Generator, x: float, z: float) -> None:
@@ -97,8 +95,7 @@ def car(canvas: Canvas, rng: np.random.Generator, x: float, z: float) -> None:
         for edge in (x0, x1):
             canvas.side(edge, 0.0, 0.62, wheel - 0.32, wheel + 0.32, (18, 18, 20), kind)
     canvas.box(x0, x1, 0.28, belt, z, z + length, paint, kind)
-    inset = 0.14 if kind == CAR else 0.02
-    front, pane = (0.35, 0.3) if kind == CAR else (0, -0.02)
+    inset, front, pane = (0.14, 0.35, 0.3) if kind == CAR else (0.02, 0, -0.02)
     canvas.box(x0 + inset, x1 - inset, belt, high, z + front, z + length * 0.78, glass * 1.5, kind)
     canvas.front(x0 + inset + 0.1, x1 - inset - 0.1, belt + 0.06, high - 0.12, z + pane, glass, kind)
     canvas.ground(x0 + inset, x1 - inset, z + 0.5, z + length * 0.75, paint, kind, high)
