@@ -44,12 +44,12 @@ class Details:
                 self._compare(int(class_id), *((ids == class_id).view(np.uint8) for ids in (pred, mask)))
 
     def _compare(self, class_id: int, pred: np.ndarray, mask: np.ndarray) -> None:
-        outside = [distance_outside(boundary(region)) for region in (pred, mask)]
-        edges = [boundary(region).astype(bool) for region in (pred, mask)]
+        edges = [boundary(region) for region in (pred, mask)]
+        outside = [distance_outside(edge) for edge in edges]
         for row, distance in enumerate(DISTANCES):
             bands = [inner_band(region, distance) for region in (pred, mask)]
             self.regions[:, row, class_id] += (bands[0] & bands[1]).sum(), (bands[0] | bands[1]).sum()
-            hits = [np.count_nonzero(outside[1 - side][edges[side]] <= distance) for side in (0, 1)]
+            hits = [np.count_nonzero(outside[1 - side][edges[side] > 0] <= distance) for side in (0, 1)]
             self.edges[:, row, class_id] += hits[0], edges[0].sum(), hits[1], edges[1].sum()
         name = self.class_set.names[class_id]
         if name in self.objects:
