@@ -92,7 +92,7 @@ CLAIMS = {
         f"mIoU {pair(LONGEST)} after 240 epochs (control: {pair(CONTROL)},",
         "drawn weights ({}) than from the longer training ({}), mIoU less ({} and {})".format(*GAINS),
         "loses more under occluders ({}, control {})".format(*WORSE), f"{WIDE[0]} after the 80 epochs (16/4: {WIDE[1]}",
-        f"mIoU and people from {PAIRS['narrow']} to {PAIRS['widened']}".replace("person ", ""),
+        f"mIoU {PAIRS['narrow']} before, {PAIRS['widened']} after",
     ],
     "docs/results.md": [
         f"lifts mIoU by {points('scratch')} over the published one with a network of {' instead of '.join(SIZES)} M",

@@ -142,7 +142,7 @@ def against(clean: np.ndarray, found: np.ndarray, blocks: np.ndarray, void: str)
 def occlusion_scores(
     model: torch.nn.Module, dataset: SegmentationSet, clean: np.ndarray, void: str, chosen: list | None = None
 ) -> list[dict]:
-    """Scores on visible, covered and all pixels for each kind, coverage and aim (for chosen ones not on all), beside
+    """Scores on visible, covered and, unless conditions are chosen, all pixels for each kind, coverage and aim, beside
     what the predictions without an occluder, `clean` (N, H, W), score on the same pixels."""
     num_classes, masks, rows = len(dataset.class_set), dataset.masks.cpu().numpy(), []
     blocks, unoccluded = time_blocks([*dataset.split.checked])[0], counts(clean, masks, num_classes)

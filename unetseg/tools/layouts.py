@@ -508,6 +508,9 @@ def find_data_sets(root: Path, layouts: tuple[Layout, ...] | None = None) -> tup
 
 def find_data(root: Path, coarse: bool = False, given_split: bool = False) -> DataSet:
     """The one raw data set at a folder or below it. Raises BadFile, showing what lies there, where there is not one."""
+    if not root.is_dir():
+        expected = " or ".join(layout.expected for layout in LAYOUTS[:3])
+        raise BadFile(f"{root}: expected a folder with {expected}; found {'a file' if root.exists() else 'nothing'}")
     changed = {"cityscapes": Cityscapes(coarse), "camvid32": CamVidColours(given_split)}
     asked = tuple(changed.get(layout.name, layout) for layout in LAYOUTS)
     found, tree = find_data_sets(root, asked)
@@ -534,8 +537,7 @@ def describe(tree: Tree) -> str:
     if len(half := {"leftimg8bit", "gtfine"} & folders) == 1:
         missing = "gtFine" if "leftimg8bit" in half else "leftImg8bit"
         expected = f"{missing}/ with folders of splits, because both archives of Cityscapes are needed"
-    listed = [*tree[tree.root][0], *tree[tree.root][1]][:8] or ["a file" if tree.root.is_file() else "nothing"]
-    found = "; ".join(there) or ", ".join(listed)
+    found = "; ".join(there) or ", ".join([*tree[tree.root][0], *tree[tree.root][1]][:8]) or "nothing"
     return f"{tree.root}: expected {expected}; found {found}" + (f"; {zipped[0]} is not unpacked" if zipped else "")
 
 

@@ -150,7 +150,8 @@ def run_plan(path: Path, data: Path, out: Path, results: Path, max_minutes: floa
 
 def trained(plan: dict, job: Job, data: Path, out: Path, end: float) -> bool:
     """Train a run, after the one that it starts from; False where the time `end` (time.monotonic) came first. Raises
-    Busy where another process trains its start, UserError where its folder has other epochs or another start by now."""
+    Busy where another process trains its start, UserError where the folder's run was planned for other epochs, or
+    its start has other weights by now."""
     if start := start_of(plan, job):
         with nullcontext() if is_trained(out / start.name) else exclusive(out / ".locks" / start.name):
             if not trained(plan, start, data, out, end):

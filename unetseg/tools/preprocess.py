@@ -34,7 +34,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..classes import CLASS_SETS, IGNORE_INDEX, ClassSet, stored
 from ..files import FileError, UserError, exclusive, make_folder, read_bytes, read_json, write_bytes, write_json
-from ..images import BadFile, cv2, overlay, read_png, shrink
+from ..images import BadFile, cv2, overlay, shrink
 from ..processed import FORMAT, checksum, pair_paths, read_image, read_pair, read_stats
 from . import judge, parse_size, whole_number
 from .class_files import read_class_file
@@ -145,8 +145,10 @@ def take(folder: Path, task: Task, record: Record) -> bool:
     labelled, recipe = bool(record.resized), task.recipe
     try:
         image_path, mask_path = pair_paths(folder, task.split, record.stem)
-        image = read_image(image_path, (*recipe.size[::-1], 3))
-        found = checksum(image, read_png(mask_path, "L") if labelled else None)
+        if labelled:
+            found = read_pair(folder, task.split, record.stem, len(task.class_set), recipe.size)[-1]
+        else:
+            found = checksum(read_image(image_path, (*recipe.size[::-1], 3)), None)
         if found != record.crc32 or np.load(image_path, mmap_mode="r").dtype != recipe.dtype:
             return False
         for old, new in zip((image_path, mask_path)[: 1 + labelled], pair_paths(task.staging, task.split, record.stem)):
