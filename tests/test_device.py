@@ -66,7 +66,10 @@ def test_the_cpu_beside_a_gpu_is_never_silent(monkeypatch, tmp_path, cuda, expec
     assert device.unused_gpu() == ""  # the driver's tools are installed, and there is no card
 
 
-@pytest.mark.parametrize("capability, precision", [((6, 1), "fp32"), ((7, 0), "fp16"), ((8, 0), "bf16")])
+CARD = {(5, 0): "fp32", (6, 0): "fp32", (7, 0): "fp16", (7, 5): "fp16", (8, 0): "bf16", (8, 9): "bf16", (12, 0): "bf16"}
+
+
+@pytest.mark.parametrize("capability, precision", CARD.items())
 def test_precision_on_a_gpu_follows_its_generation(monkeypatch, capability, precision):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: capability)
     assert device.precision_rule(torch.device("cuda")) == precision

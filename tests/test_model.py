@@ -20,7 +20,10 @@ def test_known_sizes(make, channels, depth, millions):
     assert num_weights / 1e6 == pytest.approx(millions, abs=0.07)
 
 
-@pytest.mark.parametrize("depth, shapes", [(1, [(50, 75)]), (3, [(50, 75), (28, 40), (14, 20)])])
+SHAPES = {1: [(50, 75)], 2: [(50, 75), (26, 38)], 3: [(50, 75), (28, 40), (14, 20)]}  # by depth
+
+
+@pytest.mark.parametrize("depth, shapes", SHAPES.items())
 def test_side_heads_answer_at_a_quarter_and_at_half_the_size_while_training(depth, shapes):
     model = ContextUNet(7, channels=4, depth=depth)
     assert [tuple(out.shape[2:]) for out in model(torch.rand(2, 3, 50, 75))] == shapes

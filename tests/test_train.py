@@ -71,6 +71,7 @@ def test_training_learns_and_leaves_the_run_folder(sets, tmp_path):
     _, history = learn(sets, tmp_path, log=rows.append)
     assert history[-1]["train_loss"] < history[0]["train_loss"] and rows == history
     assert [row["epoch"] for row in checkpoint.read_history(tmp_path)] == [1, 2, 3, 4]
+    assert (tmp_path / "history.csv").read_text().startswith("epoch,train_loss,val_loss,val_miou,lr,seconds,images_per")
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"model.safetensors", "history.csv", "state.pt", "config.json"}
 
