@@ -63,7 +63,7 @@ class Settings:
     loss: str | None = knob(None, "loss function", choices="losses:LOSSES")
     weighting: str | None = knob(None, "class weights from pixel frequencies", choices="data:WEIGHTINGS")
     dice_share: float = knob(0.5, "share of Dice in ce_dice; the rest is cross-entropy", low=0, high=1)
-    augment: tuple[str, ...] | None = knob(None, "augmentations, in order", choices="augment:AUGMENTATIONS")
+    augment: tuple[str, ...] | None = knob(None, "augmentations, occlude first", choices="augment:AUGMENTATIONS")
     centred: float = knob(0.5, "share of images with an instance near their middle", low=0, high=1)
     occlusion: float | None = knob(None, "share of images with an occluder", low=0, high=1)
     aimed: float = knob(0.5, "share of occluders placed on an instance", low=0, high=1)
@@ -149,7 +149,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             continue
         default = INHERITED.get(name, declared.default)
         values = [default] if default is not None else [preset[name] for preset in PRESETS.values() if name in preset]
-        default = ", ".join(dict.fromkeys(" ".join(v) if kind(name) is tuple else str(v) for v in values))
+        default = ", ".join(dict.fromkeys(" ".join(v) or "nothing" if kind(name) is tuple else str(v) for v in values))
         text += f"; a name in {choices.replace(':', '.py, ')}" if isinstance(choices, str) else ""
         text += f" ({default})" if default else ""
         allowed = choices if choices and not isinstance(choices, str) else None
