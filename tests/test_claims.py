@@ -158,6 +158,9 @@ CLAIMS["docs/results.md"] += [f"| {shown(*(s[k] for k in ('fp32', 'fp16', 'bf16'
 for card, name in [(c, n) for c in (ELEVEN, SEVEN) for n in c["classes"]]:
     row = shown(*(card[score][name] for score in ("scores", "precision", "recall")))
     CLAIMS["weights/README.md"].append(f"| {name} | {row} |")
+for path in RESULTS.glob("drives/*/*.npz"):
+    row, found = path.stem.split("-")[0], facts(path.relative_to(RESULTS).with_suffix(""))["scores"]
+    CLAIMS["docs/results.md"].append(f"| {path.parent.name} | {row} | {shown(found['mIoU'], found['person'])} |")
 TEXTS = [str(p.relative_to(ROOT)) for g in ("*.md", "*/*.md", "*/*.typ", "*/*.ipynb") for p in ROOT.glob(g)]
 
 

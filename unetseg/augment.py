@@ -59,9 +59,9 @@ def between(draw: Tensor, low: float, high: float) -> Tensor:
 
 @augmentation("flip zoom shift_x shift_y centre instance brightness contrast saturation")
 def basic(
-    images: Tensor, masks: Tensor, draws: dict, source: Source | None = None, centred: float = 0.0
+    images: Tensor, masks: Tensor, draws: dict, source: Source | None = None, centred: float = 0.0, colour: float = 0.3
 ) -> tuple[Tensor, Tensor]:
-    """Flip, zoom between 0.6 and 1.4 at a random place, then change brightness, contrast and saturation.
+    """Flip, zoom between 0.6 and 1.4 at a random place, then change brightness, contrast, saturation by up to `colour`.
 
     centred  share in [0, 1] of the images in whose middle, or near it, an instance shall lie
     What a zoom below 1 brings in from outside the image is its reflection.
@@ -79,7 +79,7 @@ def basic(
             chosen = (draws["centre"] < centred) & (source.num_boxes > 0)
             theta[:, axis, 2] = torch.where(chosen, middle, theta[:, axis, 2])
     images, masks = warp(images, masks, theta)
-    return recolour(images, draws), masks
+    return recolour(images, draws, colour), masks
 
 
 def _instance(draws: dict, source: Source) -> Tensor:
@@ -96,10 +96,10 @@ def warp(images: Tensor, masks: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
     return F.grid_sample(images, grid, mode="bilinear", **reflect), masks
 
 
-def recolour(images: Tensor, draws: dict) -> Tensor:
-    """Scale brightness, contrast (about the image's mean), saturation by up to 30 %, as one 3x3 matrix and offset."""
+def recolour(images: Tensor, draws: dict, colour: float) -> Tensor:
+    """Scale brightness, contrast (about the image's mean), saturation by up to `colour`: a 3x3 matrix and an offset."""
     names = "brightness", "contrast", "saturation"
-    brightness, contrast, saturation = (between(draws[name], 0.7, 1.3)[:, None, None] for name in names)  # (N, 1, 1)
+    brightness, contrast, saturation = (between(draws[name], 1 - colour, 1 + colour)[:, None, None] for name in names)
     offset = (1 - contrast) * brightness * images.mean(dim=(1, 2, 3))[:, None, None]
     grey, identity = images.new_full((3, 3), 1 / 3), torch.eye(3, dtype=images.dtype, device=images.device)
     matrix = brightness * contrast * (saturation * identity + (1 - saturation) * grey)  # (N, 3, 3)
@@ -131,8 +131,7 @@ def occlude(
     ys = torch.arange(height, device=images.device)[None, :, None]  # (1, H, 1)
     xs = torch.arange(width, device=images.device)[None, None, :]  # (1, 1, W)
     x0, x1, y0, y1 = _rectangles(draws, source, aimed, occluder_size, images.shape[-2:])[..., None, None]
-    covered = (xs >= x0) & (xs < x1) & (ys >= y0) & (ys < y1)  # (N, H, W)
-    covered &= (draws["apply"] < occlusion)[:, None, None]
+    covered = (xs >= x0) & (xs < x1) & (ys >= y0) & (ys < y1) & (draws["apply"] < occlusion)[:, None, None]  # (N, H, W)
     texture = _texture(draws, source.donor_images(draws["donor"]), ys, xs)
     images = torch.where(covered[:, None], texture, images)
     return images, masks.masked_fill(covered, IGNORE_INDEX) if occluded == "void" else masks.clone()

@@ -65,6 +65,7 @@ class Settings:
     dice_share: float = knob(0.5, "share of Dice in ce_dice; the rest is cross-entropy", low=0, high=1)
     augment: tuple[str, ...] | None = knob(None, "augmentations, occlude first", choices="augment:AUGMENTATIONS")
     centred: float = knob(0.5, "share of images with an instance near their middle", low=0, high=1)
+    colour: float = knob(0.3, "change of brightness, contrast and saturation, at most", low=0, high=1)
     occlusion: float | None = knob(None, "share of images with an occluder", low=0, high=1)
     aimed: float = knob(0.5, "share of occluders placed on an instance", low=0, high=1)
     occluder_size: float = knob(0.6, "longest side of the others, as a share of the image's", low=0.1, high=1)
