@@ -24,6 +24,7 @@ EXPECTED = {
     "A metric": ("runs/metric/results_test.json", '"fwiou"'),
     "TensorBoard": ("runs/logged/history.csv", "train_loss"),
 }
+assert len(RECIPES) == len(EXPECTED) == 6
 
 
 def draw_pairs(root, images, masks, split):
@@ -41,19 +42,18 @@ def test_a_recipe_works_as_printed(title, processed, tmp_path):
     shutil.copytree(processed, tmp_path / "processed")
     for split in ("train", "val"):
         draw_pairs(tmp_path / "raw_roads", "photos", "truth", split)
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "WANDB_MODE": "disabled"}
+    options = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(tmp_path), "WANDB_MODE": "disabled"}}
     lines = sum(len(block.splitlines()) for *_, block in STEP.findall(RECIPES[title]))
     for verb, name, language, block in STEP.findall(RECIPES[title]):
         if language != "bash":
             with open(tmp_path / name, "a", encoding="utf-8") as file:
                 file.write(f"\n\n{block}" if verb == "At the end of" else block)
             continue
-        for command in block.splitlines():
-            parts = [sys.executable, *command.split()[1:]]
-            done = subprocess.run(parts, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        for line in block.splitlines():
+            done = subprocess.run([sys.executable, *line.split()[1:]], **options, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
     path, text = next(found for start, found in EXPECTED.items() if title.startswith(start))
-    assert len(RECIPES) == len(EXPECTED) and 2 < lines < 20 and text in (tmp_path / path).read_text()
+    assert 2 < lines < 20 and text in (tmp_path / path).read_text()
 
 
 def test_the_class_file_of_the_page_on_data_is_read(tmp_path):
